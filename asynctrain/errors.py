@@ -1,0 +1,100 @@
+"""The error tree: facts are attributes, the message is one sentence.
+
+Wrong arguments are plain ``ValueError`` or ``TypeError``; everything else that asynctrain raises derives from
+``AsyncTrainError``. Errors of other libraries are translated once, where that library is called, with the cause attached.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+
+
+class AsyncTrainError(Exception):
+    """The root of all errors that asynctrain raises, wrong arguments aside."""
+
+
+class DataError(AsyncTrainError):
+    """Something is wrong with the data at ``path``: a file, a folder, or the name of a record (``array[17]``)."""
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path = fspath(path)
+        self.reason = reason
+        super().__init__(f"{self.path}: {reason}")
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+class ReadError(DataError):
+    """The bytes of a record could not be read."""
+
+
+class DecodeError(DataError):
+    """The bytes of a record are no image that may be decoded."""
+
+
+class ExecutorError(AsyncTrainError):
+    """A home of gradient workers failed; ``address`` says which (``threads:2``, ``host:port``)."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        self.address = address
+        self.reason = reason
+        super().__init__(f"{address}: {reason}")
+
+    def __reduce__(self) -> tuple[type[ExecutorError], tuple[str, str]]:
+        return type(self), (self.address, self.reason)
+
+
+class StaleParametersError(ExecutorError):
+    """A session was asked to compute with a version of the parameters that it does not hold."""
+
+    def __init__(self, address: str, have: int | None, want: int) -> None:
+        self.have = have
+        self.want = want
+        super().__init__(address, f"has parameters of version {have}, was asked for version {want}")
+
+    def __reduce__(self) -> tuple[type[StaleParametersError], tuple[str, int | None, int]]:  # type: ignore[override]
+        return type(self), (self.address, self.have, self.want)
+
+
+class DivergenceError(AsyncTrainError):
+    """The loss or a gradient is not finite at ``step``; the state of the step before it is intact."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        self.step = step
+        self.loss = loss
+        super().__init__(
+            f"training diverged at step {step}: the loss is {loss} or a gradient is not finite; "
+            "a lower learning rate or gradient clipping usually helps"
+        )
+
+    def __reduce__(self) -> tuple[type[DivergenceError], tuple[int, float]]:
+        return type(self), (self.step, self.loss)
+
+
+class CheckpointError(AsyncTrainError):
+    """The file at ``path`` is torn, foreign, of another version, or does not fit."""
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path = fspath(path)
+        self.reason = reason
+        super().__init__(f"{self.path}: {reason}")
+
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+class FingerprintError(AsyncTrainError):
+    """Two numeric fingerprints differ, so that the bits would too; ``differences`` maps each key to (ours, theirs)."""
+
+    def __init__(self, differences: dict[str, tuple[object, object]]) -> None:
+        self.differences = differences
+        told = "; ".join(f"{key} is {ours!r} here and {theirs!r} there" for key, (ours, theirs) in differences.items())
+        super().__init__(f"the same bits cannot be promised: {told}")
+
+    def __reduce__(self) -> tuple[type[FingerprintError], tuple[dict[str, tuple[object, object]]]]:
+        return type(self), (self.differences,)
+
+
+class ClosedError(AsyncTrainError):
+    """Something was used after its ``aclose()``."""

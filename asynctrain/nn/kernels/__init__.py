@@ -1,0 +1,1 @@
+"""asynctrain.nn.kernels."""

@@ -1,0 +1,190 @@
+"""The values that flow through asynctrain: frozen, slotted, and of plain parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from asynctrain.arena import Array, Shape
+
+Params = Mapping[str, Array]
+Gradients = Mapping[str, Array]
+JSON = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Where the pixels of one record come from; ``str(source)`` names it in messages."""
+
+    def read(self) -> bytes | Array:
+        """Return the encoded image, or an array (H, W) or (H, W, C) of uint8. Blocks; raises ``ReadError``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One labelled image of a dataset, not yet read."""
+
+    source: Source
+    label: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the stream of batches; opening a loader there goes on as if it had never stopped.
+
+    ``position`` is the next unread one in the order of ``epoch``; ``samples`` and ``batches`` count what this epoch has
+    delivered up to there; ``skipped`` lists the positions of this epoch that were left out.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    samples: int = 0
+    batches: int = 0
+    skipped: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples that are trained in one step.
+
+    images: (N, H, W, C) uint8. labels: (N,) int64. sources: the name of each sample. cursor: the place just after this
+    batch. last: whether this batch ends its epoch.
+    """
+
+    images: Array
+    labels: Array
+    sources: tuple[str, ...]
+    cursor: Cursor
+    last: bool
+
+
+class BatchStream(Protocol):
+    """What a training run needs of a loader (``asynctrain.Loader`` is one)."""
+
+    @property
+    def image_shape(self) -> Shape:
+        """(H, W, C) of the images it delivers."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the labels 0, 1, ..."""
+        ...
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        ...
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """How many samples an epoch delivers."""
+        ...
+
+    def open(
+        self, cursor: Cursor = ..., *, epochs: int | None = ...
+    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """Deliver the batches from ``cursor`` up to the end of epoch ``epochs - 1`` (by default of the cursor's)."""
+        ...
+
+    def evaluating(self, dataset: Any) -> BatchStream:
+        """Return a loader over ``dataset`` with the same image settings, in order and unaugmented."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """How uint8 pixels become the numbers a model sees: ``(pixel / 255 - mean) / std``."""
+
+    mean: float = 0.5
+    std: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a gradient worker must know, as plain data; equal digests mean equal arithmetic.
+
+    Attributes:
+        architecture: the model as JSON (``Model.to_json``).
+        loss: the name of a function in ``asynctrain.nn.losses``.
+        normalization: applied to the pixels by the worker.
+        dtype: of parameters and arithmetic, ``float32`` or ``float64``.
+        seed: of the dropout masks.
+    """
+
+    architecture: JSON
+    loss: str = "softmax_cross_entropy"
+    normalization: Normalization = field(default_factory=Normalization)
+    dtype: str = "float32"
+    seed: int = 0
+
+    def to_json(self) -> JSON:
+        """Return the program as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: JSON) -> Program:
+        """Return the program that ``to_json`` described."""
+        return cls(**{**value, "normalization": Normalization(**value["normalization"])})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class GradientWork:
+    """One microbatch whose gradient is wanted.
+
+    images: (n, H, W, C) uint8, C-contiguous. labels: (n,) int64. ``microbatch`` counts from 0 to ``of - 1`` within
+    ``step``; together they key the random numbers of dropout.
+    """
+
+    step: int
+    microbatch: int
+    of: int
+    images: Array
+    labels: Array
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardWork:
+    """Images to be predicted, and evaluated where ``labels`` are given; shapes and dtypes as in ``GradientWork``."""
+
+    images: Array
+    labels: Array | None = None
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class GradientResult:
+    """The sums over one microbatch.
+
+    gradients: of the summed loss, per parameter. loss: the summed loss. weight: the sum of the sample weights, by which
+    the step divides once. counts: summed metrics (``correct``). ``release()`` hands the arrays back to the session
+    that made them; they must not be read afterwards.
+    """
+
+    gradients: Gradients
+    loss: float
+    weight: float
+    counts: Mapping[str, float]
+    release: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """outputs: the model's, (n, classes), an array of the caller's own. The sums as in ``GradientResult``; 0 unlabelled."""
+
+    outputs: Array
+    loss: float = 0.0
+    weight: float = 0.0
+    counts: Mapping[str, float] = field(default_factory=dict)
