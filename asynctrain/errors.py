@@ -1,7 +1,7 @@
 """The error tree: facts are attributes, the message is one sentence.
 
 Wrong arguments are plain ``ValueError`` or ``TypeError``; everything else that asynctrain raises derives from
-``AsyncTrainError``. Errors of other libraries are translated once, where that library is called, with the cause attached.
+``AsyncTrainError``. Errors of other libraries are translated once, where that library is called, cause attached.
 """
 
 from __future__ import annotations

@@ -25,16 +25,22 @@ class Purpose(IntEnum):
 def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
     """Return the stream of ``(seed, purpose, place)``.
 
-    Philox is counter based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): seed and purpose are
-    its key, the place the upper three words of its 256-bit counter, so streams of different places cannot overlap.
+    Philox is counter based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): seed and purpose
+    are its key, the place the upper three words of its 256-bit counter, so streams of two places cannot overlap.
 
     Args:
         seed: 0 to 2**64 - 1.
         purpose: what the numbers are for.
         place: up to three numbers, each 0 to 2**64 - 1.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
+    require_seed(seed)
     counter = np.zeros(4, dtype=np.uint64)
     counter[1 : 1 + len(place)] = place
     return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter))
+
+
+def require_seed(seed: int) -> int:
+    """Return ``seed``; raises ``ValueError`` if it is out of range."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
+    return seed

@@ -9,10 +9,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from asynctrain.arena import Array, Shape
+from asynctrain.arena import Arena, Array, Shape
 
 Params = Mapping[str, Array]
-Gradients = Mapping[str, Array]
 JSON = Mapping[str, Any]
 
 
@@ -160,31 +159,51 @@ class ForwardWork:
     labels: Array | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What is added up over samples: the loss, the sample weights, how many there were, and metrics (``correct``)."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    samples: int = 0
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: Sums) -> Sums:
+        counts = {
+            key: self.counts.get(key, 0.0) + other.counts.get(key, 0.0) for key in {**self.counts, **other.counts}
+        }
+        return Sums(self.loss + other.loss, self.weight + other.weight, self.samples + other.samples, counts)
+
+    @property
+    def mean_loss(self) -> float:
+        """The loss divided by the sum of weights; NaN where nothing was weighed."""
+        return self.loss / self.weight if self.weight else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """The share of samples predicted right, 0 to 1; NaN where there were none."""
+        return self.counts.get("correct", 0.0) / self.samples if self.samples else float("nan")
+
+
 def _nothing() -> None:
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class GradientResult:
-    """The sums over one microbatch.
+    """Gradients of the summed loss over one microbatch, per parameter, and the sums themselves.
 
-    gradients: of the summed loss, per parameter. loss: the summed loss. weight: the sum of the sample weights, by which
-    the step divides once. counts: summed metrics (``correct``). ``release()`` hands the arrays back to the session
-    that made them; they must not be read afterwards.
+    ``release()`` hands the arrays back to the session that made them; they must not be read afterwards.
     """
 
-    gradients: Gradients
-    loss: float
-    weight: float
-    counts: Mapping[str, float]
+    gradients: Arena
+    sums: Sums
     release: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
-    """outputs: the model's, (n, classes), an array of the caller's own. The sums as in ``GradientResult``; 0 unlabelled."""
+    """The model's outputs, (n, classes), an array of the caller's own, and the sums where there were labels."""
 
     outputs: Array
-    loss: float = 0.0
-    weight: float = 0.0
-    counts: Mapping[str, float] = field(default_factory=dict)
+    sums: Sums = field(default_factory=Sums)

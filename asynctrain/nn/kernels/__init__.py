@@ -1,1 +1,1 @@
-"""asynctrain.nn.kernels."""
+"""Functions on arrays: channels last, C-contiguous, results written into ``out`` and scratch memory handed in."""

@@ -1,0 +1,58 @@
+# Everything a newcomer needs, on a machine with nothing but Python 3.11+ and make.
+# All paths are relative, so the folder may have any name, spaces included.
+
+PYTHON ?= python3
+VENV := .venv
+PEERS := .venv-peers
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench-loop clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed ## train a classifier of handwritten digits from image files, and try it
+	@$(VENV)/bin/asynctrain demo
+
+test: $(VENV)/.installed-dev ## run the test suite
+	$(RUN) -m pytest
+
+check: $(VENV)/.installed-dev ## lint, formatting and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a heartbeat in the same event loop gets while training
+	$(RUN) -m benchmarks.loop
+
+clean: ## remove the environment and the caches; runs/ stays
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment. A stamp is newer than pyproject.toml once what that asks for is installed.
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asynctrain needs Python 3.11 or newer, and $(PYTHON) is %d.%d: call make with PYTHON=python3.12, say" % sys.version_info[:2])'
+	@echo "creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade 'pip>=25.1' # the first that knows --group
+
+$(VENV)/.installed: pyproject.toml | $(RUN)
+	@echo "installing asynctrain into $(VENV) ..."
+	@$(PIP) --editable '.[cli]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(RUN)
+	@echo "installing asynctrain and its development tools into $(VENV) ..."
+	@$(PIP) --editable '.[cli]' --group dev
+	@touch $@ $(VENV)/.installed
+
+# What the benchmarks compare with has an environment of its own; where it cannot be had, they say what they leave out.
+$(PEERS)/.installed: benchmarks/peers.txt
+	@echo "installing what the benchmarks compare with into $(PEERS) ..."
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt && touch $@ \
+		|| echo "some peers could not be installed; the benchmarks leave them out"

@@ -1,0 +1,294 @@
+"""Homes inside this process: the caller's own thread, and a pool of threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Literal, Self, TypeVar, overload
+
+from asynctrain._aio import in_thread
+from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError
+from asynctrain.executors.base import Session
+from asynctrain.executors.blas import find_blas, one_blas_thread
+from asynctrain.executors.worker import GradientWorker, Job, StopFlag
+from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program
+
+T = TypeVar("T")
+Split = Literal["auto", "microbatches", "layers"]
+
+GRACE = 10.0  # seconds that a kernel has to end once it is asked to
+
+
+class _LocalSession(ABC):
+    """Holds one program's worker and the parameters of one version, by reference."""
+
+    slots: int
+
+    def __init__(self, address: str, program: Program) -> None:
+        self._address = address
+        self._worker = GradientWorker(program)
+        self._params: Params = {}
+        self._version: int | None = None
+        self._closed = False
+
+    async def broadcast(self, params: Params, model_state: Params, version: int) -> None:
+        self._require_open()
+        self._params = params
+        self._version = version
+
+    @overload
+    async def compute(self, work: GradientWork, version: int) -> GradientResult: ...
+    @overload
+    async def compute(self, work: ForwardWork, version: int) -> ForwardResult: ...
+    async def compute(self, work: GradientWork | ForwardWork, version: int) -> GradientResult | ForwardResult:
+        self._require_open()
+        if version != self._version:
+            raise StaleParametersError(self._address, self._version, version)
+        if isinstance(work, ForwardWork):
+            return await self._forward(work)
+        return await self._gradients(work)
+
+    async def aclose(self, grace: float) -> None:
+        """Stop what is in flight and wait for it, at most ``grace`` seconds."""
+        self._closed = True
+
+    @abstractmethod
+    async def _forward(self, work: ForwardWork) -> ForwardResult: ...
+
+    @abstractmethod
+    async def _gradients(self, work: GradientWork) -> GradientResult: ...
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the session on {self._address} is closed")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} on {self._address}, version {self._version}>"
+
+
+class _InlineSession(_LocalSession):
+    slots = 1
+
+    async def _forward(self, work: ForwardWork) -> ForwardResult:
+        await asyncio.sleep(0)
+        return self._worker.forward(self._params, work, StopFlag())
+
+    async def _gradients(self, work: GradientWork) -> GradientResult:
+        await asyncio.sleep(0)
+        return self._worker.gradients(self._params, work, StopFlag())
+
+
+class _LocalExecutor(ABC):
+    """Opens sessions under the BLAS guard and closes those that are left."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._sessions: set[_LocalSession] = set()
+        self._closed = False
+
+    @asynccontextmanager
+    async def open(self, program: Program) -> AsyncIterator[Session]:
+        """Open a session for ``program``; leaving it stops its work and waits for the kernels under way."""
+        if self._closed:
+            raise ClosedError(f"the executor {self._address} is closed")
+        with one_blas_thread(await in_thread(find_blas)):
+            session = self._session(program)
+            self._sessions.add(session)
+            try:
+                yield session
+            finally:
+                self._sessions.discard(session)
+                await session.aclose(GRACE)
+
+    @abstractmethod
+    def _session(self, program: Program) -> _LocalSession: ...
+
+    async def aclose(self, grace: float = GRACE) -> None:
+        """Refuse further sessions and stop the work of those that are open, within ``grace`` seconds."""
+        self._closed = True
+        for session in list(self._sessions):
+            await session.aclose(grace)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._sessions)} sessions"
+        return f"<{type(self).__name__} {self._address}, {state}>"
+
+
+class InlineExecutor(_LocalExecutor):
+    """Computes in the caller's own thread, for tests and debugging; not a ``concurrent.futures.Executor``.
+
+    It BLOCKS THE EVENT LOOP while a microbatch is computed, and lets the loop run (and be cancelled) between two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("inline")
+
+    def _session(self, program: Program) -> _InlineSession:
+        return _InlineSession(self._address, program)
+
+
+class _KernelFuture(asyncio.Future[T]):
+    """The result of work in a thread. Cancelling it sets the work's stop flag in that very call.
+
+    A task that is cancelled passes the call on, synchronously, to what it awaits; so between ``task.cancel()`` and the
+    flag no turn of the loop goes by, in which the threads would begin further kernels.
+    """
+
+    def __init__(self, stop: StopFlag) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        self._stop.set()
+        return super().cancel(msg)
+
+
+class _ThreadSession(_LocalSession):
+    """Sends work to the executor's threads and knows what is in flight there."""
+
+    def __init__(self, address: str, program: Program, threads: ThreadPoolExecutor, slots: int, split: Split) -> None:
+        super().__init__(address, program)
+        self.slots = slots
+        self._threads = threads
+        self._split = split
+        self._in_flight: dict[Future[Any], StopFlag] = {}
+
+    async def _forward(self, work: ForwardWork) -> ForwardResult:
+        stop = StopFlag()
+        return await self._result(self._submit(stop, partial(self._worker.forward, self._params, work, stop)), stop)
+
+    async def _gradients(self, work: GradientWork) -> GradientResult:
+        stop = StopFlag()
+        if self._splits_layers(work):
+            return await self._gradients_by_layer(work, stop)
+        compute = partial(self._worker.gradients, self._params, work, stop)
+        return await self._result(self._submit(stop, compute), stop)
+
+    async def _gradients_by_layer(self, work: GradientWork, stop: StopFlag) -> GradientResult:
+        """Let one thread go down the chain of input gradients while others take the weight gradients it frees."""
+        jobs: list[Future[None]] = []
+
+        def emit(job: Job) -> None:  # called by the chain's thread
+            jobs.append(self._submit(stop, job))
+
+        chain = self._submit(stop, partial(self._worker.gradients, self._params, work, stop, emit))
+        try:
+            result = await self._result(chain, stop)
+            await asyncio.gather(*(self._result(job, stop) for job in jobs))
+        except BaseException:
+            stop.set()  # one layer failed: the others need not go on
+            raise
+        return result
+
+    def _splits_layers(self, work: GradientWork) -> bool:
+        return self._split == "layers" or (self._split == "auto" and work.of < self.slots)
+
+    def _submit(self, stop: StopFlag, function: Callable[[], T]) -> Future[T]:
+        try:
+            future = self._threads.submit(function)
+        except RuntimeError as error:  # the pool was shut down
+            raise ClosedError(f"the executor {self._address} is closed") from error
+        self._in_flight[future] = stop
+        future.add_done_callback(self._landed)
+        return future
+
+    def _landed(self, future: Future[Any]) -> None:
+        self._in_flight.pop(future, None)
+
+    def _result(self, future: Future[T], stop: StopFlag) -> asyncio.Future[T]:
+        """Return ``future`` as one of this loop's."""
+        loop = asyncio.get_running_loop()
+        awaitable: asyncio.Future[T] = _KernelFuture(stop)
+        future.add_done_callback(lambda done: loop.call_soon_threadsafe(_hand_over, done, awaitable))
+        return awaitable
+
+    async def aclose(self, grace: float) -> None:
+        await super().aclose(grace)
+        for future, stop in list(self._in_flight.items()):
+            stop.set()
+            future.cancel()
+        running = [_end_of(future) for future in list(self._in_flight)]
+        if running:
+            _, late = await asyncio.wait(running, timeout=grace)
+            if late:
+                raise ExecutorError(self._address, f"{len(late)} kernels did not end within {grace} s of being stopped")
+
+
+def _end_of(future: Future[Any]) -> asyncio.Future[None]:
+    """Return a future of this loop that is done when ``future`` is, whatever became of it."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(_mark, ended))
+    return ended
+
+
+def _mark(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
+
+
+def _hand_over(done: Future[T], awaitable: asyncio.Future[T]) -> None:
+    if awaitable.done():  # cancelled meanwhile
+        return
+    if done.cancelled():
+        awaitable.cancel()
+    elif (error := done.exception()) is not None:
+        awaitable.set_exception(error)
+    else:
+        awaitable.set_result(done.result())
+
+
+class ThreadExecutor(_LocalExecutor):
+    """Computes on threads of this process; not a ``concurrent.futures.Executor``.
+
+    numpy lets go of the interpreter inside its kernels, so threads compute side by side and the loop stays responsive.
+
+    Args:
+        workers: how many threads; by default one for each CPU that this process may use.
+        split: what is computed side by side. ``"microbatches"``: each job is one microbatch. ``"layers"``: the weight
+            gradient of each layer is a job of its own, collected with ``asyncio.gather``, which runs while the chain of
+            input gradients goes on. ``"auto"``: layers where a step has fewer microbatches than there are threads. The
+            bits are the same.
+
+    Cancelling the task that awaits a computation stops it before the next layer's kernel.
+    """
+
+    def __init__(self, workers: int | None = None, *, split: Split = "auto") -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        if split not in ("auto", "microbatches", "layers"):
+            raise ValueError(f"split must be 'auto', 'microbatches' or 'layers', got {split!r}")
+        self._workers = workers or usable_cpus()
+        self._split: Split = split
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="asynctrain-kernel")
+        super().__init__(f"threads:{self._workers}")
+
+    def _session(self, program: Program) -> _ThreadSession:
+        return _ThreadSession(self._address, program, self._threads, self._workers, self._split)
+
+    async def aclose(self, grace: float = GRACE) -> None:
+        """Stop all work and end the threads; may be called again.
+
+        Raises ``ExecutorError`` where a kernel does not end within ``grace`` seconds; a thread cannot be killed.
+        """
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await super().aclose(grace)
+        await in_thread(self._threads.shutdown)  # idle by now, they end at once
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,139 @@
+"""The gradient worker: ``(program, params, work) -> result``. Synchronous, pure, and stopped between two layers.
+
+Every home runs this same code, so every home gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from asynctrain.arena import Arena, Array
+from asynctrain.executors.blas import check_one_blas_thread
+from asynctrain.nn import losses
+from asynctrain.nn.model import Model
+from asynctrain.nn.scope import Scope, Workspace
+from asynctrain.randomness import Purpose, generator
+from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program, Sums
+
+Job = Callable[[], None]
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the work was told to stop, and did
+    """The stop flag was found set between two layers."""
+
+
+class StopFlag:
+    """A flag that one thread sets and the worker asks between layers."""
+
+    __slots__ = ("_is_set",)
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        """Ask the work to stop before its next kernel."""
+        self._is_set = True
+
+    def check(self) -> None:
+        """Raise ``Stopped`` if the flag is set."""
+        if self._is_set:
+            raise Stopped
+
+
+_quiet = np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite is told by the step
+
+
+def _call(job: Job) -> None:
+    job()
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """The arrays of one microbatch in work: what its pass may scribble on, and its gradient sums."""
+
+    workspace: Workspace
+    gradients: Arena
+
+
+class GradientWorker:
+    """Computes work for one program; may be used by several threads at once.
+
+    Benches are kept for reuse, as many as were ever needed at the same time, so that a steady step allocates nothing.
+    One whose work failed or was stopped is left to the garbage collector: a job of its own may still be writing to it.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._model = Model.from_json(program.architecture)
+        self._layout = self._model.layout(program.dtype)
+        self._loss = losses.get(program.loss)
+        self._benches: deque[_Bench] = deque()
+
+    @_quiet
+    def gradients(
+        self, params: Params, work: GradientWork, stop: StopFlag, emit: Callable[[Job], None] = _call
+    ) -> GradientResult:
+        """Compute the gradient sums of one microbatch.
+
+        Args:
+            params: of the program's model.
+            work: the microbatch.
+            stop: asked before each layer's kernel; raises ``Stopped`` there.
+            emit: takes the job that computes one layer's weight gradient. By default the job is done at once; it may
+                also be done later or in another thread, with the same bits. The result is complete, and may be
+                released, when every emitted job is done.
+        """
+        check_one_blas_thread()
+        bench = self._take_bench()
+        rng = partial(generator, self._program.seed, Purpose.DROPOUT, work.step, work.microbatch)
+        scope = Scope(
+            bench.workspace,
+            train=True,
+            rng=rng,
+            check=stop.check,
+            emit=lambda job: emit(_quiet(job)),
+            gradients=bench.gradients,
+        )
+        outputs, saved = self._model.forward(params, self._normalized(work.images, scope), scope)
+        loss = self._loss(outputs, work.labels, out=scope.empty("loss", outputs.shape, outputs.dtype))
+        self._model.backward(params, saved, loss.gradient, scope)
+        return GradientResult(bench.gradients, _sums(loss, work.labels), partial(self._benches.append, bench))
+
+    @_quiet
+    def forward(self, params: Params, work: ForwardWork, stop: StopFlag) -> ForwardResult:
+        """Compute the model's outputs, and the loss sums where there are labels."""
+        check_one_blas_thread()
+        bench = self._take_bench()
+        scope = Scope(bench.workspace, train=False, check=stop.check)
+        outputs, _ = self._model.forward(params, self._normalized(work.images, scope), scope)
+        outputs = outputs.copy()  # the bench is about to be used again
+        self._benches.append(bench)
+        if work.labels is None:
+            return ForwardResult(outputs)
+        return ForwardResult(outputs, _sums(self._loss(outputs, work.labels), work.labels))
+
+    def _take_bench(self) -> _Bench:
+        try:
+            return self._benches.pop()
+        except IndexError:
+            return _Bench(Workspace(), self._layout.empty())
+
+    def _normalized(self, images: Array, scope: Scope) -> Array:
+        """Return ``(pixel / 255 - mean) / std`` in the program's dtype."""
+        if images.dtype != np.uint8 or not images.flags.c_contiguous:
+            raise ValueError(f"images must be C-contiguous uint8, got {images.dtype} with strides {images.strides}")
+        normalization = self._program.normalization
+        x = scope.empty("images", images.shape, np.dtype(self._program.dtype))
+        np.copyto(x, images)
+        x *= 1.0 / (255.0 * normalization.std)
+        x -= normalization.mean / normalization.std
+        return x
+
+
+def _sums(loss: losses.Loss, labels: Array) -> Sums:
+    return Sums(loss.value, loss.weight, len(labels), {"correct": float(loss.correct)})

@@ -1,0 +1,228 @@
+"""A trained model for use: preprocessing, architecture, weights and classes, in one object and one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, cast, overload
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as save_tensors
+
+from asynctrain._aio import in_thread
+from asynctrain._files import write_whole
+from asynctrain.arena import Arena, Array
+from asynctrain.data.images import ImageSettings, decode
+from asynctrain.errors import CheckpointError, ReadError
+from asynctrain.executors.base import Executor
+from asynctrain.executors.blas import find_blas, one_blas_thread
+from asynctrain.executors.worker import GradientWorker, StopFlag
+from asynctrain.inference.evaluate import Evaluation, evaluate
+from asynctrain.nn.kernels.activations import softmax
+from asynctrain.nn.model import Model
+from asynctrain.types import BatchStream, ForwardWork, Params, Program
+
+FORMAT = "asynctrain.classifier/1"
+PIECE = 64  # images that go through the model at once: bounds the memory of a long list
+
+ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | Array
+Images: TypeAlias = Sequence[ImageLike]  # a list or a tuple: bytes and strings, sequences too, are one image
+
+
+class Trained(Protocol):
+    """What a classifier needs of a training state."""
+
+    @property
+    def program(self) -> Program: ...  # noqa: D102
+    @property
+    def params(self) -> Params: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """label: the likeliest class. probability: its share, 0 to 1. top: the likeliest classes, best first."""
+
+    label: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+
+
+class Classifier:
+    """Tells what is on an image.
+
+    Args:
+        program: architecture, input normalisation and dtype.
+        params: of the program's model; copied.
+        classes: the names of the outputs 0, 1, ...
+        settings: how an image is decoded and resized.
+    """
+
+    def __init__(self, program: Program, params: Params, classes: Sequence[str], settings: ImageSettings) -> None:
+        self._program = program
+        self._params = Arena.of(params, program.dtype).read_only()
+        self._settings = settings
+        self._worker = GradientWorker(program)
+        self.classes = tuple(classes)
+
+    @classmethod
+    def from_state(
+        cls, model: Model, state: Trained, *, classes: Sequence[str], settings: ImageSettings | None = None
+    ) -> Classifier:
+        """Return a classifier with a copy of the weights of ``state``.
+
+        Args:
+            model: the architecture that was trained.
+            state: for example ``history.state``.
+            classes: the names of the labels 0, 1, ...; at most as many as the model has outputs.
+            settings: how images were decoded; by default squashed to the model's input shape.
+        """
+        if not 1 <= len(classes) <= model.output_shape[0]:
+            raise ValueError(
+                f"classes must be 1 to {model.output_shape[0]} names, as the model has outputs; got {len(classes)}"
+            )
+        height, width, channels = model.input_shape
+        return cls(state.program, state.params, classes, settings or ImageSettings((height, width), channels))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of what the model sees."""
+        return (*self._settings.size, self._settings.channels)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to one safetensors file, whole or not at all. Blocks while it writes; raises ``OSError``."""
+        about = {
+            "format": FORMAT,
+            "program": self._program.to_json(),
+            "classes": self.classes,
+            "images": asdict(self._settings),
+        }
+        write_whole(Path(path), save_tensors(dict(self._params), metadata={"asynctrain": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Classifier:
+        """Read a file that ``save`` wrote; runs no code from it. Blocks while it reads.
+
+        Raises ``FileNotFoundError``, or ``CheckpointError`` if the file is torn or something else.
+        """
+        path = fspath(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such model file")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                about = json.loads((file.metadata() or {}).get("asynctrain", "{}"))
+                params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(path, "this is no whole safetensors file") from error
+        if about.get("format") != FORMAT:
+            raise CheckpointError(path, f"this is no model file of asynctrain ({FORMAT})")
+        return cls._restored(path, about, params)
+
+    @classmethod
+    def _restored(cls, path: str, about: dict[str, Any], params: Params) -> Classifier:
+        try:
+            program = Program.from_json(about["program"])
+            layout = Model.from_json(program.architecture).layout(program.dtype)
+            settings = ImageSettings(**{**about["images"], "size": tuple(about["images"]["size"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(path, f"the model's description cannot be used: {error}") from error
+        found = {name: array.shape for name, array in params.items()}
+        if found != dict(layout.shapes):
+            differing = sorted({*found.items()} ^ {*layout.shapes.items()})
+            raise CheckpointError(path, f"the weights do not fit the architecture: {differing[:4]}")
+        return cls(program, {name: params[name] for name in layout.shapes}, about["classes"], settings)
+
+    @overload
+    async def predict(  # type: ignore[overload-overlap] # see Images
+        self, images: ImageLike, *, top_k: int = ..., executor: Executor | None = ...
+    ) -> Prediction: ...
+    @overload
+    async def predict(
+        self, images: Images, *, top_k: int = ..., executor: Executor | None = ...
+    ) -> list[Prediction]: ...
+    async def predict(
+        self, images: ImageLike | Images, *, top_k: int = 5, executor: Executor | None = None
+    ) -> Prediction | list[Prediction]:
+        """Predict one image, or several at once.
+
+        Args:
+            images: a path, encoded bytes, a Pillow image, or a uint8 array (H, W) or (H, W, C); or a list of these.
+            top_k: how many classes to list, at least 1.
+            executor: where to compute; by default in a thread of this call's own.
+
+        Raises:
+            ReadError: a file cannot be read.
+            DecodeError: an image cannot be decoded.
+
+        Cancelling it stops the computing before the next layer.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if isinstance(images, list | tuple):
+            return await self._predictions(images, top_k, executor)
+        return (await self._predictions([cast("ImageLike", images)], top_k, executor))[0]
+
+    async def evaluate(self, data: BatchStream, *, executor: Executor, microbatch: int = 32) -> Evaluation:
+        """Return loss and accuracy over one epoch of the loader ``data``, whose labels are those of ``classes``."""
+        if data.image_shape != self.image_shape:
+            raise ValueError(
+                f"the model takes images of shape {self.image_shape}, the loader delivers {data.image_shape}"
+            )
+        if tuple(data.classes) != self.classes:
+            raise ValueError(f"the model knows the classes {self.classes}, the data has {tuple(data.classes)}")
+        async with executor.open(self._program) as session:
+            await session.broadcast(self._params, {}, 0)
+            return await evaluate(session, 0, data, microbatch)
+
+    async def _predictions(self, images: Images, top_k: int, executor: Executor | None) -> list[Prediction]:
+        return [
+            self._prediction(row, top_k)
+            for start in range(0, len(images), PIECE)
+            for row in await self._probabilities(images[start : start + PIECE], executor)
+        ]
+
+    async def _probabilities(self, images: Images, executor: Executor | None) -> Array:
+        """Return (n, classes) float64, each row adding up to 1."""
+        stop = StopFlag()
+        if executor is None:
+            logits = await in_thread(self._decode_and_forward, images, stop, stop=stop.set)
+        else:
+            work = ForwardWork(await in_thread(self._decode, images))
+            async with executor.open(self._program) as session:
+                await session.broadcast(self._params, {}, 0)
+                logits = (await session.compute(work, 0)).outputs
+        return softmax(logits[:, : len(self.classes)].astype(np.float64))
+
+    def _decode_and_forward(self, images: Images, stop: StopFlag) -> Array:
+        with one_blas_thread(find_blas()):
+            return self._worker.forward(self._params, ForwardWork(self._decode(images)), stop).outputs
+
+    def _decode(self, images: Images) -> Array:
+        batch = np.empty((len(images), *self.image_shape), np.uint8)
+        for image, out in zip(images, batch, strict=True):
+            encoded, name = _encoded(image)
+            decode(encoded, self._settings, name, out)
+        return batch
+
+    def _prediction(self, probabilities: Array, top_k: int) -> Prediction:
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        top = tuple((self.classes[i], float(probabilities[i])) for i in best)
+        return Prediction(*top[0], top)
+
+    def __repr__(self) -> str:
+        height, width, channels = self.image_shape
+        return f"<Classifier of {len(self.classes)} classes, {height}x{width}x{channels} images>"
+
+
+def _encoded(image: ImageLike) -> tuple[bytes | Image.Image | Array, str]:
+    """Return what is to be decoded, and its name for messages."""
+    if isinstance(image, str | PathLike):
+        try:
+            return Path(image).read_bytes(), fspath(image)
+        except OSError as error:
+            raise ReadError(image, error.strerror or str(error)) from error
+    return image, f"<{type(image).__name__}>"

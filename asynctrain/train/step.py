@@ -1,0 +1,163 @@
+"""One step of training: cut the batch, compute, reduce in microbatch order, update."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+
+from asynctrain.arena import Arena
+from asynctrain.errors import DivergenceError
+from asynctrain.executors.base import Session
+from asynctrain.optim.apply import update_into
+from asynctrain.optim.transforms import Optimizer
+from asynctrain.train.state import TrainState
+from asynctrain.types import Batch, GradientResult, GradientWork, Sums
+
+T = TypeVar("T")
+
+SMALL = 2**16  # elements: up to here a pass over all parameters takes well under a millisecond, less than a hop costs
+
+
+def cut(samples: int, microbatch: int) -> list[slice]:
+    """Cut a batch into ceil(samples / microbatch) parts whose sizes differ by at most one."""
+    parts = -(-samples // microbatch)
+    return [slice(start, stop) for start, stop in pairwise(samples * i // parts for i in range(parts + 1))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Layers that are reduced and updated by one job: their names, and their stretch of the vector."""
+
+    names: tuple[str, ...]
+    stretch: slice
+
+
+def _parts(params: Arena) -> list[_Part]:
+    """Divide the parameters, in their order, into parts of at least ``SMALL`` elements (the last may be smaller)."""
+    parts: list[_Part] = []
+    names: list[str] = []
+    start = 0
+    for name, offset in params.layout.offsets.items():
+        if offset - start >= SMALL:
+            parts.append(_Part(tuple(names), slice(start, offset)))
+            names, start = [], offset
+        names.append(name)
+    return [*parts, _Part(tuple(names), slice(start, params.layout.size))]
+
+
+class TrainStep:
+    """Applies batches to a state.
+
+    There are two sets of arrays: a step reads the one and writes the other. So a state stays as it is while the next
+    one is made, and a step that fails or is cancelled has changed nothing.
+
+    Args:
+        session: where gradients are computed.
+        optimizer: a pair of pure functions.
+        microbatch: the largest number of samples in one piece of work, at least 1.
+        threads: where the layers of a large model are reduced and updated, each part a job.
+    """
+
+    def __init__(self, session: Session, optimizer: Optimizer, microbatch: int, threads: ThreadPoolExecutor) -> None:
+        self._session = session
+        self._optimizer = optimizer
+        self._microbatch = microbatch
+        self._threads = threads
+
+    async def begin(self, state: TrainState) -> TrainState:
+        """Return ``state`` in arrays of this object's own, broadcast and ready for the first step."""
+        self._parts = _parts(state.params)
+        self._gradients = state.params.layout.empty()
+        self._spare = state.writable_copy()
+        state = state.writable_copy()
+        await self._session.broadcast(state.params, state.model_state, state.step)
+        return state
+
+    async def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        """Return the state after ``batch``, broadcast, and the batch's sums.
+
+        ``state`` is the one that was returned last; its arrays are written again by the step after this one.
+
+        Raises:
+            DivergenceError: the loss or a gradient is not finite.
+        """
+        sums = await self._reduced_gradients(state, batch)
+        squares = await self._for_each_part(self._sum_of_squares)
+        if not math.isfinite(sums.loss) or not math.isfinite(sum(squares)):
+            raise DivergenceError(state.step + 1, sums.mean_loss)
+        await self._for_each_part(partial(self._update, state, 1.0 / sums.weight))
+        following = replace(
+            state,
+            params=self._spare.params,
+            optimizer_state=self._spare.optimizer_state,
+            step=state.step + 1,
+            cursor=batch.cursor,
+        )
+        self._spare = state
+        await self._session.broadcast(following.params, following.model_state, following.step)
+        return following, sums
+
+    async def _reduced_gradients(self, state: TrainState, batch: Batch) -> Sums:
+        """Leave the batch's summed gradients in ``self._gradients``.
+
+        Each microbatch waits for its turn to be added, so the order of additions is the order of microbatches whichever
+        is computed first. The tasks are gathered because cancelling a gather cancels all of them in the same call.
+        """
+        pieces = cut(len(batch.images), self._microbatch)
+        turns = [asyncio.Event() for _ in range(len(pieces) + 1)]
+        turns[0].set()
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._microbatch_gradients(work, turns[i], turns[i + 1]), name=f"microbatch-{i}")
+                for i, piece in enumerate(pieces)
+                for work in [GradientWork(state.step, i, len(pieces), batch.images[piece], batch.labels[piece])]
+            ]
+            return sum(await asyncio.gather(*tasks), start=Sums())
+
+    async def _microbatch_gradients(self, work: GradientWork, turn: asyncio.Event, following: asyncio.Event) -> Sums:
+        result = await self._session.compute(work, version=work.step)
+        await turn.wait()
+        await self._for_each_part(partial(self._add, result, work.microbatch == 0))
+        result.release()
+        following.set()
+        return result.sums
+
+    async def _for_each_part(self, function: Callable[[_Part], T]) -> list[T]:
+        """Gather ``function`` of each part, in threads where the model is large."""
+        if len(self._parts) == 1:
+            return [function(self._parts[0])]
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._threads, function, part) for part in self._parts))
+
+    def _add(self, result: GradientResult, is_first: bool, part: _Part) -> None:
+        total, addend = self._gradients.vector[part.stretch], result.gradients.vector[part.stretch]
+        if is_first:
+            np.copyto(total, addend)
+        else:
+            np.add(total, addend, out=total)
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by an error of its own
+    def _sum_of_squares(self, part: _Part) -> float:
+        stretch = self._gradients.vector[part.stretch]
+        return float(np.dot(stretch, stretch))
+
+    def _update(self, state: TrainState, scale: float, part: _Part) -> None:
+        self._gradients.vector[part.stretch] *= scale
+        update_into(
+            self._optimizer,
+            part.names,
+            state.params,
+            self._gradients,
+            state.optimizer_state,
+            state.step,
+            self._spare.params,
+            self._spare.optimizer_state,
+        )

@@ -1,0 +1,135 @@
+"""What every test runs under: both event loops in debug mode, and nothing may be left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvloop
+from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import settings
+from PIL import Image
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if "CI" in os.environ else "local")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
+        pytest.param(("asyncio", {"debug": True, "use_uvloop": True}), id="uvloop"),
+    ],
+)
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """Run each async test on asyncio's own loop and on uvloop, both in debug mode."""
+    backend: tuple[str, dict[str, bool]] = request.param
+    return backend
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Return a folder of 2 x 20 RGB images, 12 x 12, which a linear model tells apart: reddish and greenish noise."""
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(["rose", "tulip"]):
+        (tmp_path / "flowers" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 100, (12, 12, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(tmp_path / "flowers" / name / f"{number:02}.png")
+    return tmp_path / "flowers"
+
+
+@pytest.fixture
+def no_blocking_calls() -> Iterator[BlockBuster]:
+    """Make calls that block the loop (sleep, file and socket access, ...) fail when asynctrain makes them."""
+    with blockbuster_ctx("asynctrain") as blockbuster:
+        yield blockbuster
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
+    """Have ``no_task_left`` around each async test."""
+    if collector.istestfunction(obj, name):
+        function = obj.hypothesis.inner_test if hasattr(obj, "hypothesis") else obj
+        if inspect.iscoroutinefunction(function):
+            pytest.mark.usefixtures("no_task_left")(obj)
+
+
+@pytest.fixture
+async def no_task_left() -> AsyncIterator[None]:
+    """Fail an async test that ends before a task it started."""
+    before = tasks()
+    yield
+    left = tasks() - before
+    assert not left, f"tasks left behind: {left}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(warm_loops: None) -> Iterator[None]:
+    """Fail a test that leaves a thread, a child process or an open file behind."""
+    before = threading.enumerate(), children(), open_files()
+    yield
+    if leftovers(*before):
+        gc.collect()  # what only awaits the garbage collector holds nothing that a user could miss
+    left = leftovers(*before)
+    assert not left, f"left behind: {', '.join(left)}"
+
+
+@pytest.fixture(scope="session")
+def warm_loops() -> None:
+    """Let the loops open what they keep for the life of the process: libuv has a pipe of its own."""
+    for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory, debug=True) as runner:
+            runner.run(asyncio.to_thread(os.getpid))
+
+
+def leftovers(threads: list[threading.Thread], processes: set[int], files: dict[int, str]) -> list[str]:
+    """Name what is there now and is not among the arguments."""
+    return [
+        *(f"thread {thread.name}" for thread in threading.enumerate() if thread not in threads),
+        *(f"process {pid}" for pid in children() - processes),
+        *(f"file {number} ({target})" for number, target in open_files().items() - files.items()),
+    ]
+
+
+def tasks() -> set[asyncio.Task[Any]]:
+    """Return the tasks of this loop, those of anyio's test runner aside."""
+    return {
+        task
+        for task in asyncio.all_tasks()
+        if not getattr(task.get_coro(), "__qualname__", "").startswith("TestRunner.")
+    }
+
+
+def children() -> set[int]:
+    """Return the ids of this process's children; empty where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in _words(task / "children")}
+    return set()
+
+
+def _words(path: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):  # the thread has ended
+        return path.read_text().split()
+    return []
+
+
+def open_files() -> dict[int, str]:
+    """Return what each file descriptor of this process points to; empty where the system does not tell."""
+    files = {}
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # the descriptor that the listing itself was read by
+                files[int(entry.name)] = str(entry.readlink())
+    return files

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image
+
+from asynctrain.arena import Array
+from asynctrain.data import ImageSettings, decode
+from asynctrain.data.images import quiet_pillow
+from asynctrain.errors import DecodeError
+
+RGB = ImageSettings((4, 6), 3)
+GREY = ImageSettings((4, 6), 1)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def of(pixels: Array) -> Image.Image:
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def grey() -> Array:
+    return np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+
+
+@pytest.fixture
+def colour() -> Array:
+    return np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_an_image_of_the_wanted_size_and_mode_arrives_unchanged(kind: str, colour: Array) -> None:
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(decode(encoded(of(colour), kind, **options), RGB), colour)
+
+
+@pytest.mark.parametrize("form", ["array", "array with a channel axis", "Pillow image", "bytes"])
+def test_grey_images_of_any_form_become_grey_or_rgb(form: str, grey: Array) -> None:
+    image: Any = {
+        "array": grey,
+        "array with a channel axis": grey[:, :, np.newaxis],
+        "Pillow image": of(grey),
+        "bytes": encoded(of(grey)),
+    }[form]
+    assert np.array_equal(decode(image, GREY)[:, :, 0], grey)
+    assert np.array_equal(decode(image, RGB), np.dstack([grey] * 3))
+
+
+def test_colours_become_grey_by_their_luminance(colour: Array) -> None:
+    expected = colour @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    for form in (colour, of(colour), encoded(of(colour))):
+        assert np.abs(decode(form, GREY)[:, :, 0] - expected).max() <= 1
+
+
+def test_one_bit_images_become_black_and_white() -> None:
+    bits = np.eye(4, 6, dtype=np.bool_)
+    assert np.array_equal(decode(encoded(of(bits)), GREY)[:, :, 0], bits * np.uint8(255))
+
+
+def test_palette_images_become_their_colours(colour: Array) -> None:
+    image = of(colour).quantize(24)
+    assert np.array_equal(decode(encoded(image), RGB), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1", "I;16"])
+def test_transparent_parts_show_white(mode: str) -> None:
+    """Left half transparent black, right half opaque black, in all the ways that PNG can say so."""
+    options: dict[str, Any] = {}
+    alpha = np.repeat(np.array([[0, 255]], np.uint8), 4, axis=0).repeat(3, axis=1)
+    if mode in ("RGBA", "LA"):
+        black = Image.new(mode[:-1], (6, 4))
+        image = black.copy()
+        image.putalpha(Image.fromarray(alpha))
+    elif mode == "P":
+        image, options = Image.fromarray(alpha // 255).convert("P"), {"transparency": 0}
+        image.putpalette([0] * 6)
+    elif mode == "I;16":
+        image, options = Image.fromarray((alpha == 0).astype(np.uint16)), {"transparency": 1}
+    else:
+        almost_black = np.where(alpha == 0, 1, 0).astype(np.uint8) * (255 if mode == "1" else 1)
+        image = Image.fromarray(almost_black).convert(mode)
+        options = {"transparency": {"1": 255, "L": 1, "RGB": (1, 1, 1)}[mode]}
+    assert np.array_equal(decode(encoded(image, **options), GREY)[:, :, 0], 255 - alpha)
+
+
+def test_half_transparent_parts_are_mixed_with_white() -> None:
+    image = Image.new("RGBA", (6, 4), (200, 0, 100, 128))
+    assert decode(image, RGB)[0, 0].tolist() == pytest.approx([227, 127, 177], abs=1)
+
+
+def test_transparent_pixels_do_not_bleed_their_colour_when_resized() -> None:
+    pixels = np.zeros((40, 60, 4), np.uint8)
+    pixels[::2] = (255, 0, 0, 0)  # invisible red between opaque black
+    pixels[1::2] = (0, 0, 0, 255)
+    small = decode(pixels, RGB).astype(int)
+    assert np.ptp(small, axis=2).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
+    pixels = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    assert np.array_equal(decode(encoded(of(pixels), kind), GREY)[:, :, 0], pixels // 256)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "black", "white"),
+    [(0, 1, 0, 255), (0, 200, 0, 200), (0, 65535, 0, 255), (-3, 7, 0, 255), (0, 1e6, 0, 255)],
+)
+def test_floats_are_scaled_from_the_narrowest_usual_range_that_holds_them(
+    low: float, high: float, black: int, white: int
+) -> None:
+    pixels = np.linspace(low, high, 24, dtype=np.float32).reshape(4, 6)
+    out = decode(encoded(of(pixels), "TIFF"), GREY)
+    assert (out.min(), out.max()) == (black, white)
+    assert np.abs(out[:, :, 0] - np.linspace(black, white, 24).reshape(4, 6)).max() <= 1
+
+
+def test_integers_of_32_bits_are_scaled_and_constant_or_odd_floats_are_no_error() -> None:
+    wide = np.linspace(0, 2**20, 24).astype(np.int32).reshape(4, 6)
+    assert decode(encoded(of(wide), "TIFF"), GREY).max() == 255
+    for value in (0.0, -5.0, float("nan"), float("inf")):
+        decode(encoded(of(np.full((4, 6), value, np.float32)), "TIFF"), GREY)
+    odd = np.array([[0, 1, np.nan, np.inf, -np.inf, 0.5]] * 4, np.float32)
+    assert decode(of(odd), GREY)[0, :, 0].tolist() == [0, 255, 0, 255, 0, 128]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright(kind: str, orientation: int) -> None:
+    """A picture with one bright corner, stored in each of the eight ways, always has it at the top left."""
+    upright = np.zeros((40, 60), np.uint8)
+    upright[:20, :30] = 200
+    undo = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: upright.T[::-1],
+        7: upright[::-1, ::-1].T,
+        8: upright.T[:, ::-1],
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = of(np.ascontiguousarray(undo[orientation])).convert("RGB")
+    out = decode(encoded(stored, kind, exif=exif), GREY)[:, :, 0]
+    assert out[0, 0] > 180
+    assert max(out[0, -1], out[-1, 0], out[-1, -1]) < 20
+
+
+def test_a_resize_averages_what_a_pixel_covers() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 600), dtype=np.uint8)
+    assert np.abs(decode(pixels, GREY).astype(int) - pixels.mean()).max() < 4
+
+
+def test_a_photo_decoded_at_a_fraction_of_its_size_looks_the_same() -> None:
+    y, x = np.mgrid[0:333, 0:500]
+    photo = np.stack([x / 2, y / 2, (x + y) / 4], axis=2).astype(np.uint8)
+    settings = ImageSettings((40, 60), 3)
+    fast = decode(encoded(of(photo), "JPEG", quality=95), settings).astype(int)
+    full = decode(photo, settings).astype(int)
+    assert np.abs(fast - full).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_counts(kind: str) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert decode(data, RGB)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_becomes_rgb_or_grey(kind: str) -> None:
+    data = encoded(Image.new("CMYK", (60, 40), (0, 255, 255, 0)), kind)
+    red = decode(data, RGB)[0, 0].astype(int)
+    assert red[0] > 230
+    assert max(red[1:]) < 25
+    assert abs(int(decode(data, GREY)[0, 0, 0]) - 76) < 10
+
+
+def test_lab_becomes_rgb_or_grey() -> None:
+    data = encoded(Image.new("LAB", (6, 4), (255, 128, 128)), "TIFF")
+    assert decode(data, RGB).shape == (4, 6, 3)
+    assert decode(data, GREY).shape == (4, 6, 1)
+
+
+def test_a_given_pillow_image_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (600, 400)), "JPEG"))
+    with Image.open(tmp_path / "a.jpg") as image:
+        decode(image, RGB)
+        assert image.size == (600, 400)
+
+
+def test_the_pixels_go_into_the_array_that_is_given(grey: Array) -> None:
+    batch = np.full((3, 4, 6, 1), 7, np.uint8)
+    out = batch[1]
+    assert decode(encoded(of(grey)), GREY, out=out) is out
+    assert np.array_equal(batch[1, :, :, 0], grey)
+    assert (batch[[0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize("out", [np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6, 1), np.float32)])
+def test_an_array_that_does_not_fit_is_told(out: Array) -> None:
+    with pytest.raises(ValueError, match=r"out must be \(4, 6, 1\) of uint8, got"):
+        decode(b"", GREY, out=out)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"not an image at all", "is no JPEG, PNG, WEBP, BMP, GIF or TIFF image"),
+        (encoded(Image.new("RGB", (50, 50)))[:-40], "cannot be decoded: "),
+        (encoded(Image.effect_noise((50, 50), 90), "JPEG")[:-200], "cannot be decoded: image file is truncated"),
+        (encoded(Image.new("RGB", (8, 8)), "PPM"), "is no JPEG"),
+        (encoded(Image.new("RGB", (8, 8)), "ICO"), "is no JPEG"),
+        (np.zeros((4, 4), np.float32), "an array must be uint8, got float32"),
+        (np.zeros((4, 4, 2), np.uint8), r"an array must have the shape .*, got \(4, 4, 2\)"),
+        (np.zeros((0, 4), np.uint8), r"an array must have the shape .*, got \(0, 4\)"),
+    ],
+)
+def test_what_is_no_image_is_named_with_a_reason_and_its_cause(content: bytes | Array, reason: str) -> None:
+    with pytest.raises(DecodeError, match=f"^photos/x: .*{reason}") as caught:
+        decode(content, RGB, "photos/x")
+    assert caught.value.path == "photos/x"
+    assert caught.value.__cause__ is not None
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_pixels_are_rejected_before_they_are_decoded() -> None:
+    settings = ImageSettings((4, 6), 3, max_pixels=99)
+    decode(encoded(Image.new("L", (9, 11))), settings)
+    truncated = encoded(Image.effect_noise((10, 10), 90))[:80]  # decoding it would fail in another way
+    with pytest.raises(DecodeError, match="10 x 10 pixels are more than max_pixels = 99"):
+        decode(truncated, settings)
+
+
+def test_pillows_warnings_neither_leak_nor_become_errors_and_filters_are_as_before() -> None:
+    image = encoded(Image.new("L", (6, 4)), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff")
+    bomb = encoded(Image.new("1", (12000, 12000)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        decode(image, RGB)
+        with pytest.raises(DecodeError, match="max_pixels"):
+            decode(bomb, RGB)
+        assert list(warnings.filters) == before
+    assert not caught
+    with pytest.warns(UserWarning, match="Corrupt EXIF"), Image.open(BytesIO(image)) as opened:
+        opened.getexif()  # so it does warn those who ask
+
+
+def test_many_threads_decoding_leave_the_warning_filters_as_they_were() -> None:
+    image = encoded(Image.new("L", (6, 4)))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: decode(image, RGB), range(500)))
+    assert list(warnings.filters) == before
+
+
+def test_filters_of_others_stay_even_if_they_say_the_same() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        before = list(warnings.filters)
+        with quiet_pillow():
+            warnings.filterwarnings("ignore", message="added meanwhile")
+        assert list(warnings.filters[1:]) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": (0, 4)}, r"size must be \(height, width\), two integers of 1 or more, got \(0, 4\)"),
+        ({"size": (4, 4, 3)}, "size must be"),
+        ({"size": (4, 4.5)}, "size must be"),
+        ({"size": 28}, "size must be .*, got 28"),
+        ({"channels": 4}, "channels must be 1 .* or 3 .*, got 4"),
+        ({"resize": "stretch"}, "resize must be one of squash, got 'stretch'"),
+        ({"max_pixels": 0}, "max_pixels must be 1 or more, got 0"),
+    ],
+)
+def test_wrong_settings_are_told(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageSettings(**arguments)
+
+
+def test_settings_survive_json() -> None:
+    settings = ImageSettings((28, 32), 1, max_pixels=1000)
+    assert ImageSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert settings.shape == (28, 32, 1)
+
+
+@pytest.fixture(scope="session")
+def odd_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pack = Path(os.environ.get("ASYNCTRAIN_DATA", "/nonexistent")) / "odd_images.tar.xz"
+    if not pack.exists():
+        pytest.skip("ASYNCTRAIN_DATA names no folder with odd_images.tar.xz")
+    folder = tmp_path_factory.mktemp("odd")
+    with tarfile.open(pack) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "odd_images"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strange_and_broken_images_end_as_their_manifest_says(odd_images: Path, channels: int) -> None:
+    manifest = json.loads((odd_images / "manifest.json").read_text())
+    if manifest["pillow"].split(".")[0] != PIL.__version__.split(".")[0]:
+        pytest.skip(f"the manifest was made with Pillow {manifest['pillow']}, this is {PIL.__version__}")
+    wrong = []
+    for entry in manifest["entries"]:
+        content = (odd_images / entry["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+        try:
+            decode(content, ImageSettings((64, 64), channels), entry["file"])
+            outcome = "decode"
+        except DecodeError as error:
+            outcome = "reject" if error.path == entry["file"] else "named wrongly"
+        if outcome != entry["expect"] and not entry["version_dependent"]:
+            wrong.append((entry["file"], entry["expect"], outcome))
+    assert not wrong
+    assert len(manifest["entries"]) == 217

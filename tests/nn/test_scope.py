@@ -1,0 +1,80 @@
+"""Scope and Workspace: memory that is reused, and numbers keyed by the layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from asynctrain.nn import Conv2D, Dense, Flatten, MaxPool2D, Model, ReLU, Scope, Workspace
+
+F4, F8 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def test_a_buffer_is_aligned_contiguous_and_reused_by_its_key() -> None:
+    workspace = Workspace()
+    first = workspace.empty("a", (3, 5), F4)
+    assert first.ctypes.data % 64 == 0
+    assert first.flags.c_contiguous
+    assert workspace.empty("a", (3, 5), F4) is first
+    assert not np.shares_memory(workspace.empty("b", (3, 5), F4), first)
+
+
+def test_a_smaller_shape_gets_a_view_and_a_larger_one_new_memory() -> None:
+    workspace = Workspace()
+    large = workspace.empty("a", (4, 8), F4)
+    assert np.shares_memory(workspace.empty("a", (2, 8), F4), large)
+    assert np.shares_memory(workspace.empty("a", (2, 8), F8), large)
+    larger = workspace.empty("a", (5, 8), F4)
+    assert not np.shares_memory(larger, large)
+    assert workspace.nbytes == larger.nbytes
+
+
+def test_a_steady_pass_takes_no_new_memory() -> None:
+    model = Model([Conv2D(3), ReLU(), MaxPool2D(), Flatten(), Dense(2)], (6, 6, 2))
+    workspace, arena, params = Workspace(), model.layout().empty(), model.init(0)
+
+    def outputs(batch: int) -> int:
+        scope = Scope(workspace, train=True, gradients=arena)
+        y, saved = model.forward(params, np.ones((batch, 6, 6, 2), np.float32), scope)
+        model.backward(params, saved, np.ones_like(y), scope)
+        return int(y.ctypes.data)
+
+    first, held = outputs(8), workspace.nbytes
+    assert [outputs(batch) for batch in (8, 5, 1, 8)] == [first] * 4
+    assert workspace.nbytes == held
+
+
+def test_children_are_kept_and_key_buffers_gradients_and_numbers_by_their_path() -> None:
+    arena = {"block1/conv1/weight": np.zeros(1)}
+    keys: list[int] = []
+
+    def rng(key: int) -> np.random.Generator:
+        keys.append(key)
+        return np.random.default_rng(key)
+
+    scope = Scope(Workspace(), train=True, rng=rng, gradients=arena)
+    conv = scope.child("block1").child("conv1")
+    assert conv is scope.child("block1").child("conv1")
+    assert conv.path == "block1/conv1"
+    assert conv.gradient("weight") is arena["block1/conv1/weight"]
+    assert not np.shares_memory(conv.empty("y", (2,), F4), scope.child("block1").empty("y", (2,), F4))
+    for each in (conv, conv, scope.child("conv1")):
+        each.rng()
+    assert keys[0] == keys[1] != keys[2]
+    assert all(0 <= key < 2**64 for key in keys)
+
+
+def test_what_a_scope_was_not_given_is_told() -> None:
+    scope = Scope(Workspace(), train=True).child("dropout1")
+    with pytest.raises(ValueError, match="rng must be given to a scope in which dropout1 draws random numbers"):
+        scope.rng()
+    with pytest.raises(ValueError, match="gradients must be given to a scope in which weight gradients are computed"):
+        scope.gradient("weight")
+
+
+def test_reprs_tell_the_state() -> None:
+    workspace = Workspace()
+    scope = Scope(workspace, train=True)
+    scope.child("conv1").empty("y", (2**18,), F4)
+    assert repr(workspace) == "<Workspace 1 buffers, 1.0 MiB>"
+    assert repr(scope.child("conv1")) == "<Scope conv1, training>"

@@ -1,0 +1,207 @@
+"""Optimizers against closed forms and against references that know no numpy, in Python floats."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from asynctrain import optim
+from asynctrain.arena import Array
+from asynctrain.optim import Transform
+from asynctrain.types import Params
+
+GRADIENTS = [0.5, -1.25, 2.0, 0.0, -0.125, 3.0]
+
+Reference = Callable[[float, list[float]], list[float]]
+
+
+def run(optimizer: Transform, start: float, gradients: list[float], shape: tuple[int, ...] = (1, 1)) -> list[float]:
+    """Return the parameter after each step, for one element and the gradients given."""
+    params: Params = {"w": np.full(shape, start)}
+    state = optimizer.init(params)
+    path = []
+    for step, g in enumerate(gradients):
+        updates, state = optimizer.update({"w": np.full(shape, g)}, state, params, step)
+        params = optim.apply_updates(params, updates)
+        path.append(float(params["w"].flat[0]))
+    return path
+
+
+def sgd_reference(lr: float, momentum: float, nesterov: bool, decay: float) -> Reference:
+    def reference(p: float, gradients: list[float]) -> list[float]:
+        path, m = [], 0.0
+        for gradient in gradients:
+            g = gradient + decay * p
+            m = momentum * m + g
+            p -= lr * (g + momentum * m if nesterov else m)
+            path.append(p)
+        return path
+
+    return reference
+
+
+def adam_reference(lr: float, b1: float, b2: float, eps: float, decay: float) -> Reference:
+    def reference(p: float, gradients: list[float]) -> list[float]:
+        path, mu, nu = [], 0.0, 0.0
+        for t, g in enumerate(gradients, start=1):
+            mu = b1 * mu + (1 - b1) * g
+            nu = b2 * nu + (1 - b2) * g**2
+            p -= lr * (mu / (1 - b1**t) / (math.sqrt(nu / (1 - b2**t)) + eps) + decay * p)
+            path.append(p)
+        return path
+
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reference"),
+    [
+        (optim.sgd(0.1), sgd_reference(0.1, 0, False, 0)),
+        (optim.sgd(0.1, weight_decay=0.3), sgd_reference(0.1, 0, False, 0.3)),
+        (optim.sgd(0.1, momentum=0.9), sgd_reference(0.1, 0.9, False, 0)),
+        (optim.sgd(0.1, momentum=0.9, weight_decay=0.3), sgd_reference(0.1, 0.9, False, 0.3)),
+        (optim.sgd(0.1, momentum=0.8, nesterov=True, weight_decay=0.3), sgd_reference(0.1, 0.8, True, 0.3)),
+        (optim.adam(0.1), adam_reference(0.1, 0.9, 0.999, 1e-8, 0)),
+        (optim.adam(0.1, b1=0.0, b2=0.5, eps=0.1), adam_reference(0.1, 0.0, 0.5, 0.1, 0)),
+        (optim.adamw(0.1, b1=0.7, weight_decay=0.3), adam_reference(0.1, 0.7, 0.999, 1e-8, 0.3)),
+    ],
+    ids=repr,
+)
+def test_an_optimizer_follows_its_paper(optimizer: Transform, reference: Reference) -> None:
+    assert run(optimizer, 2.0, GRADIENTS) == pytest.approx(reference(2.0, GRADIENTS), rel=1e-12)
+
+
+def test_momentum_under_a_constant_gradient_is_a_geometric_sum() -> None:
+    steps, lr, m = 40, 0.01, 0.9
+    expected = 1.0 - lr * sum((1 - m**t) / (1 - m) for t in range(1, steps + 1))
+    assert run(optim.sgd(lr, momentum=m), 1.0, [1.0] * steps)[-1] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
+def test_adam_under_a_constant_gradient_takes_steps_of_the_learning_rate(size: float) -> None:
+    path = run(optim.adam(0.1, eps=1e-12), 0.0, [size] * 5)
+    assert path == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5], rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [optim.sgd(0.1, weight_decay=0.5), optim.adamw(0.1, weight_decay=0.5)], ids=repr)
+def test_weight_decay_pulls_weights_to_zero_and_spares_biases(optimizer: Transform) -> None:
+    assert run(optimizer, 2.0, [0.0], shape=(3, 2)) == pytest.approx([2.0 * (1 - 0.1 * 0.5)])
+    assert run(optimizer, 2.0, [0.0], shape=(3,)) == [2.0]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optim.sgd(0.02),
+        optim.sgd(0.005, momentum=0.9),
+        optim.sgd(0.005, momentum=0.9, nesterov=True),
+        optim.adam(optim.cosine(0.3, steps=400)),
+        optim.adamw(optim.cosine(0.3, steps=400), weight_decay=0.0),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_optimizer_finds_the_bottom_of_an_elongated_bowl_and_keeps_the_dtype(
+    optimizer: Transform, dtype: type
+) -> None:
+    steepness: Array = np.array([[1.0, 30.0]], dtype)
+    bottom: Array = np.array([[1.0, -2.0]], dtype)
+    params: Params = {"w": np.zeros((1, 2), dtype)}
+    state = optimizer.init(params)
+    for step in range(400):
+        updates, state = optimizer.update({"w": steepness * (params["w"] - bottom)}, state, params, step)
+        params = optim.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], bottom, atol=5e-3)
+    assert params["w"].dtype == dtype
+    assert all(array.dtype == dtype for arrays in state.values() for array in arrays.values())
+
+
+ALL = [
+    optim.sgd(0.1),
+    optim.sgd(optim.constant(0.1, warmup=3), momentum=0.9, nesterov=True, weight_decay=1e-4),
+    optim.adam(1e-3),
+    optim.adamw(optim.cosine(3e-3, steps=100, warmup=10, end=1e-5), weight_decay=0.05),
+    optim.chain(
+        optim.add_decayed_weights(0.1), optim.trace(0.5), optim.scale_by_adam(), optim.scale_by_learning_rate(1.0)
+    ),
+]
+
+
+@pytest.mark.parametrize("optimizer", ALL, ids=repr)
+def test_an_update_is_pure_and_works_on_any_subset_of_the_names(optimizer: Transform) -> None:
+    rng = np.random.default_rng(0)
+
+    def arrays() -> dict[str, Array]:
+        return {"a": rng.standard_normal((3, 4)), "b": rng.standard_normal(4), "c": rng.standard_normal((2, 2))}
+
+    params, grads = arrays(), arrays()
+    state = {slot: {name: np.abs(array) for name, array in arrays().items()} for slot in optimizer.slots}
+    for array in [*params.values(), *grads.values(), *(a for slot in state.values() for a in slot.values())]:
+        array.flags.writeable = False
+    whole, whole_state = optimizer.update(grads, state, params, 7)
+    for names in (["a"], ["b", "c"]):
+        part, part_state = optimizer.update({n: grads[n] for n in names}, state, params, 7)
+        assert list(part) == names
+        for name in names:
+            np.testing.assert_array_equal(part[name], whole[name])
+            for slot in optimizer.slots:
+                np.testing.assert_array_equal(part_state[slot][name], whole_state[slot][name])
+
+
+@pytest.mark.parametrize("optimizer", ALL, ids=repr)
+def test_an_optimizer_comes_back_from_its_json(optimizer: Transform) -> None:
+    described = json.loads(json.dumps(optimizer.to_json()))
+    again = optim.from_json(described)
+    assert again.to_json() == optimizer.to_json()
+    assert repr(again) == repr(optimizer)
+    assert run(again, 2.0, GRADIENTS) == run(optimizer, 2.0, GRADIENTS)
+
+
+def test_the_json_of_an_optimizer_is_the_call_that_makes_it() -> None:
+    assert optim.sgd(optim.cosine(0.1, 50), 0.9).to_json() == {
+        "name": "sgd",
+        "learning_rate": {"name": "cosine", "peak": 0.1, "steps": 50, "warmup": 0, "end": 0.0},
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 0.0,
+    }
+    assert repr(optim.trace(0.5)) == "trace(momentum=0.5, nesterov=False)"
+
+
+def test_a_schedule_of_ones_own_works_but_is_no_json() -> None:
+    optimizer = optim.sgd(lambda step: 1.0 / (step + 1))
+    assert run(optimizer, 0.0, [1.0, 1.0]) == [-1.0, -1.5]
+    with pytest.raises(TypeError, match="learning_rate must be a number or one of constant, cosine to become JSON"):
+        optimizer.to_json()
+
+
+def test_a_transform_of_ones_own_works_in_a_chain_but_is_no_json() -> None:
+    halve = Transform(lambda params: {}, lambda updates, state, params, step: ({"w": updates["w"] / 2}, state))
+    optimizer = optim.chain(halve, optim.sgd(1.0))
+    assert run(optimizer, 0.0, [1.0]) == [-0.5]
+    with pytest.raises(TypeError, match=r"optimizer must be made of the functions .* to become JSON"):
+        optimizer.to_json()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optim.sgd(-0.1), "learning_rate must be at least 0, or a function of the step, got -0.1"),
+        (lambda: optim.adam(math.nan), "learning_rate must be at least 0, or a function of the step, got nan"),
+        (lambda: optim.sgd(0.1, momentum=1.0), "momentum must be at least 0 and below 1, got 1.0"),
+        (lambda: optim.sgd(0.1, nesterov=True), "sgd: momentum must be above 0 with nesterov, got 0"),
+        (lambda: optim.sgd(0.1, weight_decay=-1), "weight_decay must be at least 0, got -1"),
+        (lambda: optim.adam(0.1, b1=1.0), "b1 must be at least 0 and below 1, got 1.0"),
+        (lambda: optim.adam(0.1, b2=-0.1), "b2 must be at least 0 and below 1, got -0.1"),
+        (lambda: optim.adam(0.1, eps=0.0), "eps must be above 0, got 0.0"),
+        (lambda: optim.chain(optim.trace(0.5), optim.trace(0.5)), "different names, got trace, trace"),
+        (lambda: optim.from_json({"name": "lion"}), "an optimizer's name must be one of .*, got 'lion'"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_sentence(make: Callable[[], Transform], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
