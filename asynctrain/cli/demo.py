@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from asynctrain.cli.recipe import Recipe
 from asynctrain.cli.train import new_run_dir, report, train
 from asynctrain.train.run_folder import MODEL
 
+DIGITS = Recipe(epochs=60, batch_size=32, learning_rate=5e-3)  # by cross-validation on the training images alone
 SHOWN = 7  # predictions, side by side
 INK = 128  # a pixel at least this bright is drawn
 
@@ -30,7 +31,7 @@ async def demo(seed: int, executor: str, run_dir: Path | None, as_json: bool) ->
     people.print("1,797 handwritten digits (UCI, CC BY 4.0), a fifth of them kept for the test")
     await asyncio.to_thread(unpack_digits, run_dir / "data")
     data = await asyncio.to_thread(open_data, run_dir / "data", 0.0, seed, None)
-    outcome = await train(data, Recipe(seed=seed, executor=executor, epochs=30), run_dir)
+    outcome = await train(data, replace(DIGITS, seed=seed, executor=executor), run_dir)
 
     test = [Path(str(data.test[index].source)) for index in range(len(data.test))]
     classifier = await asyncio.to_thread(at.Classifier.load, run_dir / MODEL)

@@ -1,4 +1,4 @@
-"""The progress of a run, live where standard error is a terminal, a line per epoch everywhere."""
+"""The progress of a run, live where standard error is a terminal, and lines that stay everywhere."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ COLUMNS = (
     TextColumn("left"),
 )
 
+APART = 1.0  # seconds of training, at least, between two lines that stay
+
 
 async def show(events: AsyncIterable[Event], console: Console) -> None:
     """Show ``events`` on ``console`` until they end."""
@@ -36,6 +38,7 @@ class _Display:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._epochs = 0
+        self._untold = APART  # seconds since the last line
         self._bar = TaskID(0)
 
     def update(self, event: Event) -> None:
@@ -52,7 +55,7 @@ class _Display:
                     rate=event.samples_per_second,
                 )
             case EpochEnd():
-                self._progress.console.print(self._epoch_line(event), markup=False)
+                self._end_epoch(event)
 
     def _start(self, event: RunStart) -> None:
         self._epochs = event.epochs
@@ -71,6 +74,12 @@ class _Display:
             accuracy=float("nan"),
             rate=0.0,
         )
+
+    def _end_epoch(self, event: EpochEnd) -> None:
+        self._untold += event.seconds
+        if self._untold >= APART or event.epoch == self._epochs:
+            self._progress.console.print(self._epoch_line(event), markup=False)
+            self._untold = 0.0
 
     def _epoch_line(self, event: EpochEnd) -> str:
         line = (
