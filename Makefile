@@ -9,10 +9,10 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench-loop clean
+.PHONY: help demo test check bench-loading bench-loop clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## train a classifier of handwritten digits from image files, and try it
 	@$(VENV)/bin/asynctrain demo
@@ -24,6 +24,9 @@ check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench-loading: $(VENV)/.installed-bench $(PEERS)/.installed ## load images side by side with PyTorch's DataLoader and SPDL
+	$(RUN) -m benchmarks.loading
 
 bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a heartbeat in the same event loop gets while training
 	$(RUN) -m benchmarks.loop
@@ -49,6 +52,11 @@ $(VENV)/.installed-dev: pyproject.toml | $(RUN)
 	@echo "installing asynctrain and its development tools into $(VENV) ..."
 	@$(PIP) --editable '.[cli]' --group dev
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	@echo "installing what the benchmarks need besides ..."
+	@$(PIP) --editable '.[fast,plot]'
+	@touch $@
 
 # What the benchmarks compare with has an environment of its own; where it cannot be had, they say what they leave out.
 $(PEERS)/.installed: benchmarks/peers.txt

@@ -2,20 +2,39 @@
 
 A queue between two stages carries *tasks*, put there in the order of their items, so order is kept however the tasks
 finish. A task never raises: what went wrong travels as a ``Failure`` in the place of the item, and everything before
-it still arrives.
+it still arrives. So does what would otherwise end a loop or a task unseen: a ``StopAsyncIteration``, and a
+``CancelledError`` that nobody asked of the task. Each stage has a meter, from which one can tell which of them holds
+the others up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from types import TracebackType
-from typing import Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,45 +48,189 @@ class Failure:
     error: Exception
 
 
-Flow = asyncio.Queue[asyncio.Task[T | Failure] | None]
-"""A bounded queue of tasks in the order of their items; None marks the end."""
+Flow = asyncio.Queue[asyncio.Future[T | Failure] | None]
+"""A bounded queue of items that are being made, in their order; None marks the end."""
 
 
-async def source(
-    function: Callable[[T], Awaitable[R]], items: Iterable[T], outbox: Flow[R], tasks: asyncio.TaskGroup, name: str
-) -> None:
-    """Be the first stage: start ``function(item)`` for each item as a task ``name-0``, ``name-1``, ... of ``tasks``.
+class Meter:
+    """What one stage does, and what it waits for.
 
-    Of its tasks, ``outbox.maxsize`` are in the queue, one waits to be put, and one is awaited by the next stage.
+    Attributes:
+        name: of the stage.
+        concurrency: how many items it works on at once.
+        items: how many it has handed on, be they samples, chunks or batches.
+        failures: how many items failed in it.
+        busy: seconds of work, added over all that went on at once.
+        starved: seconds in which it waited for an item to begin with.
+        blocked: seconds in which it waited for room in the queue behind it.
     """
-    for number, item in enumerate(items):
-        await outbox.put(tasks.create_task(_attempt(function, item), name=f"{name}-{number}"))
+
+    __slots__ = ("_queue", "blocked", "busy", "concurrency", "failures", "items", "name", "occupied", "puts", "starved")
+
+    def __init__(self, name: str, concurrency: int = 1) -> None:
+        self.name = name
+        self.concurrency = concurrency
+        self.items = self.failures = self.puts = self.occupied = 0
+        self.busy = self.starved = self.blocked = 0.0
+        self._queue: asyncio.Queue[Any] | None = None
+
+    def count(self, item: object) -> None:
+        """Add an item that is handed on."""
+        self.items += getattr(item, "samples", 1)
+
+    async def get(self, inbox: asyncio.Queue[T]) -> T:
+        """Take from ``inbox``, counting the wait."""
+        start = perf_counter()
+        try:
+            return await inbox.get()
+        finally:
+            self.starved += perf_counter() - start
+
+    async def put(self, outbox: Flow[T], item: asyncio.Future[T | Failure]) -> None:
+        """Put into ``outbox``, counting the wait and what was there already."""
+        self._queue = outbox
+        self.occupied += outbox.qsize()
+        self.puts += 1
+        start = perf_counter()
+        try:
+            await outbox.put(item)
+        finally:
+            self.blocked += perf_counter() - start
+
+    @property
+    def capacity(self) -> int:
+        """How many items fit into the queue behind it."""
+        return self._queue.maxsize if self._queue else 0
+
+    @property
+    def occupancy(self) -> float:
+        """How full the queue behind it was found, 0 to 1, as a mean over all puts."""
+        return self.occupied / (self.puts * self.capacity) if self.puts and self.capacity else 0.0
+
+
+async def source(items: Iterable[T] | AsyncIterable[T], outbox: Flow[T], meter: Meter) -> None:
+    """Put every item into ``outbox``, and where the iteration fails, its error in the place of the next item."""
+    try:
+        async with aclosing(_iterated(items)) as iterator:
+            start = perf_counter()
+            async for item in iterator:
+                meter.busy += perf_counter() - start
+                meter.count(item)
+                await meter.put(outbox, finished(item))
+                start = perf_counter()
+    except (Exception, asyncio.CancelledError) as error:
+        failure: asyncio.Future[T | Failure] = finished(noted(error, meter))
+        await meter.put(outbox, failure)
     await outbox.put(None)
+
+
+async def _iterated(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    """Yield the items of either kind of iterable, and close a generator when it is left early."""
+    if isinstance(items, AsyncGenerator):
+        async with aclosing(items):
+            async for item in items:
+                yield item
+    elif isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
 
 
 async def stage(
-    function: Callable[[T], Awaitable[R]], inbox: Flow[T], outbox: Flow[R], tasks: asyncio.TaskGroup, name: str
+    function: Callable[[T], Awaitable[R]],
+    inbox: Flow[T],
+    outbox: Flow[R],
+    tasks: asyncio.TaskGroup,
+    meter: Meter,
+    *,
+    ordered: bool = True,
 ) -> None:
-    """Be a stage between two queues: as ``source``, for each item that comes out of ``inbox``; failures pass by."""
+    """Do ``function`` to each item, ``meter.concurrency`` at once; failures of earlier stages pass by.
+
+    Each item's work is a task ``name-0``, ``name-1``, ... of ``tasks``. Ordered, the task itself is put into ``outbox``
+    before it is done, so items stay in order; else each is put there when it is done.
+
+    Bounds: as many tasks are begun as ``outbox`` has places, and two more: one waits to be put, and one is awaited by
+    the next stage.
+    """
+    limit = asyncio.Semaphore(meter.concurrency)
     number = 0
-    while (before := await inbox.get()) is not None:
-        await outbox.put(tasks.create_task(_attempt_after(before, function), name=f"{name}-{number}"))
+    unfinished: set[asyncio.Task[None]] = set()
+    while (before := await meter.get(inbox)) is not None:
+        name = f"{meter.name}-{number}"
         number += 1
+        if ordered:
+            await meter.put(outbox, tasks.create_task(_attempt_after(before, function, limit, meter), name=name))
+            continue
+        if len(unfinished) > meter.concurrency:
+            await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
+        task = tasks.create_task(_attempt_and_put(before, function, limit, meter, outbox), name=name)
+        unfinished.add(task)
+        task.add_done_callback(unfinished.discard)
+    if unfinished:
+        await asyncio.wait(unfinished)
     await outbox.put(None)
 
 
-async def _attempt_after(before: asyncio.Task[T | Failure], function: Callable[[T], Awaitable[R]]) -> R | Failure:
+async def _attempt_and_put(
+    before: asyncio.Future[T | Failure],
+    function: Callable[[T], Awaitable[R]],
+    limit: asyncio.Semaphore,
+    meter: Meter,
+    outbox: Flow[R],
+) -> None:
+    await meter.put(outbox, finished(await _attempt_after(before, function, limit, meter)))
+
+
+async def _attempt_after(
+    before: asyncio.Future[T | Failure], function: Callable[[T], Awaitable[R]], limit: asyncio.Semaphore, meter: Meter
+) -> R | Failure:
     item = await before
-    return item if isinstance(item, Failure) else await _attempt(function, item)
+    if isinstance(item, Failure):
+        return item
+    async with limit:
+        start = perf_counter()
+        try:
+            result = await function(item)
+        except (Exception, asyncio.CancelledError) as error:
+            return noted(error, meter)
+        finally:
+            meter.busy += perf_counter() - start
+    meter.count(result)
+    return result
 
 
-async def _attempt(function: Callable[[T], Awaitable[R]], item: T) -> R | Failure:
-    try:
-        return await function(item)
-    except Exception as error:
-        task = asyncio.current_task()
-        error.add_note(f"raised in {task.get_name() if task else 'no task'}")
-        return Failure(error)
+def noted(error: Exception | asyncio.CancelledError, meter: Meter) -> Failure:
+    """Return what is told of ``error``; raises it if it is a cancellation that was asked of this task."""
+    if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+        raise error
+    meter.failures += 1
+    failure = Failure(_tellable(error))
+    failure.error.add_note(f"raised in the stage {meter.name!r}")
+    return failure
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _tellable(error: Exception | asyncio.CancelledError) -> Exception:
+    """Return ``error``, or where it would be taken for an end that it is not, a ``RuntimeError`` that it caused."""
+    if not isinstance(error, StopIteration | StopAsyncIteration | asyncio.CancelledError):
+        return error
+    told = RuntimeError(f"a stage's function raised {type(error).__name__}")
+    told.__cause__ = error
+    return told
+
+
+def finished(item: T) -> asyncio.Future[T]:
+    """Return a future that holds ``item`` already, as a ``Flow`` carries it."""
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    future.set_result(item)
+    return future
 
 
 @contextmanager
@@ -158,6 +321,37 @@ async def thread_pool(threads: int | None, name: str) -> AsyncIterator[ThreadPoo
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         await in_thread(pool.shutdown)
+
+
+@asynccontextmanager
+async def process_pool(processes: int, name: str, grace: float = 5.0) -> AsyncIterator[Executor]:
+    """Own some processes, spawned when they are first needed; at the end of the block they are gone.
+
+    Work that has not begun is dropped; what is under way has ``grace`` seconds to end before its process is killed.
+    """
+    from concurrent.futures import ProcessPoolExecutor  # both cost 20 ms of import, and few pipelines have processes
+    from multiprocessing import get_context
+
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent)
+    try:
+        yield pool
+    finally:
+        workers = list((pool._processes or {}).values())  # the pool forgets them as it shuts down
+        kill = asyncio.get_running_loop().call_later(grace, _kill, workers)
+        try:
+            await in_thread(partial(pool.shutdown, cancel_futures=True))  # in one call: a second would not wait
+        finally:
+            kill.cancel()
+
+
+def _leave_interrupts_to_parent() -> None:
+    """Ignore Ctrl-C, which a terminal sends to all processes of a program: the parent stops its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _raising(error: BaseException) -> Callable[[], Any]:

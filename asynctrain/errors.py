@@ -33,6 +33,10 @@ class DecodeError(DataError):
     """The bytes of a record are no image that may be decoded."""
 
 
+class TooManyBadSamples(DataError):  # noqa: N818 - the name says what is wrong
+    """More samples were skipped than the budget allows; ``path`` is the last of them."""
+
+
 class ExecutorError(AsyncTrainError):
     """A home of gradient workers failed; ``address`` says which (``threads:2``, ``host:port``)."""
 

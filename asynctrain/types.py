@@ -18,8 +18,11 @@ JSON = Mapping[str, Any]
 class Source(Protocol):
     """Where the pixels of one record come from; ``str(source)`` names it in messages."""
 
-    def read(self) -> bytes | Array:
-        """Return the encoded image, or an array (H, W) or (H, W, C) of uint8. Blocks; raises ``ReadError``."""
+    def read(self) -> Any:
+        """Return what ``data.decode`` takes: encoded bytes, an array of uint8, or a Pillow image.
+
+        Blocks; raises ``ReadError``.
+        """
         ...
 
 
@@ -47,11 +50,21 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """A sample that was left out: its position in the epoch, its name, and why."""
+
+    position: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Samples that are trained in one step.
 
-    images: (N, H, W, C) uint8. labels: (N,) int64. sources: the name of each sample. cursor: the place just after this
-    batch. last: whether this batch ends its epoch.
+    images: (N, H, W, C) uint8. labels: (N,) int64, or soft ones (N, K) float32. sources: the name of each sample.
+    cursor: the place just after this batch. last: whether it is known to end its epoch (not so where all samples after
+    it turn out to be skipped). skipped: the samples left out since the batch before.
     """
 
     images: Array
@@ -59,6 +72,17 @@ class Batch:
     sources: tuple[str, ...]
     cursor: Cursor
     last: bool
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return len(self.images)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch it belongs to; after the last batch the cursor is in the next one already."""
+        return self.cursor.epoch - 1 if self.last else self.cursor.epoch
 
 
 class BatchStream(Protocol):
@@ -75,13 +99,13 @@ class BatchStream(Protocol):
         ...
 
     @property
-    def batches_per_epoch(self) -> int:
-        """How many batches an epoch has."""
+    def batches_per_epoch(self) -> int | None:
+        """How many batches an epoch has; None where only its end will tell."""
         ...
 
     @property
-    def samples_per_epoch(self) -> int:
-        """How many samples an epoch delivers."""
+    def samples_per_epoch(self) -> int | None:
+        """How many samples an epoch delivers; None where only its end will tell."""
         ...
 
     def open(

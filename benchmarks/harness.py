@@ -106,6 +106,38 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def plot(name: str) -> None:
+    """Draw ``benchmarks/results/<name>.png`` from the JSON: the ratios of rows with a target, beside their targets."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = [row for row in content["rows"] if row["ratio"] is not None and row["target"]]
+    figure = Figure(figsize=(9, 1.2 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log", base=2)
+    for place, row in enumerate(rows):
+        ratio, target = row["ratio"], row["target"]
+        asked = float(target[:-1]) if target.endswith("x") else None
+        color = {True: "tab:green", False: "tab:red"}.get(row["met"], "gray")
+        axes.barh(place, ratio - 1, left=1, height=0.6, color=color)
+        if asked is not None:
+            axes.scatter(asked, place, marker="|", s=220, color="black", zorder=3)
+        end = max(ratio, asked or 1, 1)
+        axes.annotate(f"{ratio:.2f}", (end, place), (8, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [f"{row['case']}\nagainst {row['peer_name']}" for row in rows], fontsize="small")
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.5)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("times better than the peer; the mark is the target")
+    axes.set_title(f"{name}: {content['machine']['cpu']}, {content['machine']['cpus']} CPUs", fontsize="medium")
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+
+
 def machine() -> dict[str, object]:
     """Describe the machine: what a reader needs to judge the figures."""
     return {

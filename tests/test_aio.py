@@ -2,12 +2,58 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 
 import pytest
 
-from asynctrain._aio import Failure, Flow, ServingGroup, in_thread, source, stage, unwrapped
+from asynctrain._aio import (
+    Failure,
+    Flow,
+    Meter,
+    ServingGroup,
+    in_thread,
+    process_pool,
+    source,
+    stage,
+    thread_pool,
+    unwrapped,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resource_tracker_runs() -> None:
+    """Start Python's own helper process for spawned children; it stays for the life of the program."""
+    resource_tracker.ensure_running()
+
+
+async def through_stages(
+    tasks: asyncio.TaskGroup,
+    items: object,
+    *functions: Callable[[int], Awaitable[int]],
+    concurrency: int = 1,
+    places: int = 1,
+    ordered: bool = True,
+) -> Flow[int]:
+    """Start a source and one stage for each function, named stage0, stage1, ...; return the last queue."""
+    flow: Flow[int] = asyncio.Queue(places)
+    tasks.create_task(source(items, flow, Meter("source")), name="source")  # type: ignore[arg-type]
+    for number, function in enumerate(functions):
+        inbox, flow = flow, asyncio.Queue(places)
+        meter = Meter(f"stage{number}", concurrency)
+        tasks.create_task(stage(function, inbox, flow, tasks, meter, ordered=ordered))
+    return flow
+
+
+async def all_waiting() -> None:
+    """Let every task go on until it waits for something that nobody in the test has done yet."""
+    for _ in range(100):
+        await asyncio.sleep(0)
 
 
 async def drain(flow: Flow[int]) -> list[int | str]:
@@ -30,14 +76,29 @@ async def test_order_is_kept_when_tasks_finish_in_the_opposite_order() -> None:
         finished[item].set()
         return item * 10
 
-    flow: Flow[int] = asyncio.Queue(4)
     async with ServingGroup() as tasks:
-        tasks.create_task(source(after_the_next, range(4), flow, tasks, "read"))
+        flow = await through_stages(tasks, range(4), after_the_next, concurrency=4, places=4)
         assert await drain(flow) == [0, 10, 20, 30]
     assert log == [3, 2, 1, 0]
 
 
-async def test_a_failure_keeps_its_place_between_the_items_before_and_after_it() -> None:
+async def test_unordered_items_come_as_they_are_done() -> None:
+    may_end = asyncio.Event()
+
+    async def the_first_is_late(item: int) -> int:
+        if item == 0:
+            await may_end.wait()
+        return item
+
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, range(4), the_first_is_late, concurrency=2, ordered=False)
+        assert [await (await flow.get() or pytest.fail("it ended")) for _ in range(3)] == [1, 2, 3]
+        may_end.set()
+        assert await drain(flow) == [0]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_a_failure_keeps_its_place_between_the_items_before_and_after_it(ordered: bool) -> None:
     async def read(item: int) -> int:
         if item == 1:
             raise OSError("no disk")
@@ -48,47 +109,171 @@ async def test_a_failure_keeps_its_place_between_the_items_before_and_after_it()
             raise ValueError("no image")
         return -item
 
-    read_flow: Flow[int] = asyncio.Queue(1)
-    flow: Flow[int] = asyncio.Queue(1)
     async with ServingGroup() as tasks:
-        tasks.create_task(source(read, range(5), read_flow, tasks, "read"))
-        tasks.create_task(stage(decode, read_flow, flow, tasks, "decode"))
+        flow = await through_stages(tasks, range(5), read, decode, ordered=ordered)
         assert await drain(flow) == [0, "no disk", -2, "no image", -4]
 
 
-async def test_a_failure_has_a_note_that_names_the_task_and_so_the_stage() -> None:
-    async def fail(item: int) -> int:
-        raise ValueError(item)
-
-    flow: Flow[int] = asyncio.Queue(3)
-    async with ServingGroup() as tasks:
-        tasks.create_task(source(fail, [7, 8], flow, tasks, "decode"))
-        await flow.get()
-        task = await flow.get()
-        assert task is not None
-        failure = await task
-    assert task.get_name() == "decode-1"
-    assert isinstance(failure, Failure)
-    assert failure.error.__notes__ == ["raised in decode-1"]
-
-
-async def test_a_stage_starts_no_more_tasks_than_its_queue_and_one_hold() -> None:
-    started: list[int] = []
-    enough = asyncio.Event()
-
-    async def count(item: int) -> int:
-        started.append(item)
-        if len(started) == 4:
-            enough.set()
+async def test_a_failure_has_a_note_that_names_its_stage_and_is_counted_there_only() -> None:
+    async def fail_at_seven(item: int) -> int:
+        if item == 7:
+            raise ValueError(item)
         return item
 
-    flow: Flow[int] = asyncio.Queue(3)
+    async def pass_on(item: int) -> int:
+        return item
+
+    meters = [Meter("read"), Meter("decode"), Meter("check")]
+    flows: list[Flow[int]] = [asyncio.Queue(9) for _ in meters]
     async with ServingGroup() as tasks:
-        tasks.create_task(source(count, range(100), flow, tasks, "read"))
-        await enough.wait()
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert started == [0, 1, 2, 3]  # three in the queue, one waiting to be put
+        await source([6, 7, 8], flows[0], meters[0])
+        await stage(fail_at_seven, flows[0], flows[1], tasks, meters[1])
+        await stage(pass_on, flows[1], flows[2], tasks, meters[2])
+        await flows[2].get()
+        task = await flows[2].get()
+        assert isinstance(task, asyncio.Task)
+        failure = await task
+    assert task.get_name() == "check-1"
+    assert isinstance(failure, Failure)
+    assert failure.error.__notes__ == ["raised in the stage 'decode'"]
+    assert [(meter.items, meter.failures) for meter in meters] == [(3, 0), (2, 1), (2, 0)]
+
+
+@pytest.mark.parametrize("error", [StopAsyncIteration("end"), asyncio.CancelledError("end")])
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_what_would_pass_for_an_end_is_told_as_a_failure(error: BaseException, ordered: bool) -> None:
+    async def fail(item: int) -> int:
+        raise error if item == 1 else KeyError(item)
+
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, [1], fail, ordered=ordered)
+        failure = await (await flow.get() or pytest.fail("it ended"))
+        assert isinstance(failure, Failure)
+        assert str(failure.error) == f"a stage's function raised {type(error).__name__}"
+        assert failure.error.__cause__ is error
+        assert await flow.get() is None
+
+
+async def test_no_more_tasks_are_begun_than_the_queue_has_places_and_two() -> None:
+    begun = 0
+
+    async def count(item: int) -> int:
+        nonlocal begun
+        begun += 1
+        return item
+
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, range(100), count, concurrency=9, places=3)
+        for taken in range(10):
+            await all_waiting()
+            assert begun == taken + 4  # three in the queue, one that waits to be put; one more is awaited by its taker
+            await flow.get()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_as_many_are_worked_on_at_once_as_allowed_and_no_more(ordered: bool) -> None:
+    gates = [asyncio.Event() for _ in range(30)]
+    inside: set[int] = set()
+
+    async def pass_the_gate(item: int) -> int:
+        inside.add(item)
+        await gates[item].wait()
+        inside.remove(item)
+        return item
+
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, range(30), pass_the_gate, concurrency=5, places=5, ordered=ordered)
+        for first in range(26):
+            await all_waiting()
+            assert inside == set(range(first, first + 5))
+            gates[first].set()
+            assert await (await flow.get() or pytest.fail("it ended")) == first
+
+
+async def test_unordered_work_does_not_run_ahead_of_a_consumer_that_takes_nothing() -> None:
+    begun = 0
+
+    async def count(item: int) -> int:
+        nonlocal begun
+        begun += 1
+        return item
+
+    async with ServingGroup() as tasks:
+        await through_stages(tasks, range(100), count, concurrency=4, places=3, ordered=False)
+        await all_waiting()
+        assert begun <= 3 + 4 + 1  # in the queue, and waiting to be put into it
+
+
+async def counted_up(to: int, log: list[str]) -> AsyncIterator[int]:
+    try:
+        for item in range(to):
+            yield item
+        raise OSError("the line is dead")
+    finally:
+        log.append("closed")
+
+
+async def test_a_source_that_fails_midway_delivers_what_came_before_and_then_its_error() -> None:
+    log: list[str] = []
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, counted_up(3, log))
+        assert await drain(flow) == [0, 1, 2, "the line is dead"]
+    assert log == ["closed"]
+
+
+async def test_an_asynchronous_generator_is_closed_when_it_is_left_early() -> None:
+    log: list[str] = []
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, counted_up(100, log))
+        await flow.get()
+        assert log == []
+    assert log == ["closed"]
+
+
+async def test_a_source_that_raises_a_cancellation_of_its_own_is_told_instead_of_hanging() -> None:
+    class Revoked:
+        def __aiter__(self) -> Revoked:
+            return self
+
+        async def __anext__(self) -> int:
+            raise asyncio.CancelledError
+
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, Revoked())
+        assert await drain(flow) == ["a stage's function raised CancelledError"]
+
+
+async def test_a_plain_iterator_that_fails_is_told_in_its_place() -> None:
+    def numbers() -> Iterator[int]:
+        yield 1
+        raise KeyError("gone")
+
+    async with ServingGroup() as tasks:
+        flow = await through_stages(tasks, numbers())
+        assert await drain(flow) == [1, "'gone'"]
+
+
+async def test_a_meter_counts_the_waits_on_either_side_and_how_full_its_queue_was() -> None:
+    meter = Meter("read", 2)
+    inbox: Flow[int] = asyncio.Queue()
+    outbox: Flow[int] = asyncio.Queue(2)
+    assert (meter.capacity, meter.occupancy) == (0, 0.0)
+    getting = asyncio.ensure_future(meter.get(inbox))
+    await asyncio.sleep(0.01)
+    inbox.put_nowait(None)
+    await getting
+    assert meter.starved > 0.005
+    done: asyncio.Future[int | Failure] = asyncio.get_running_loop().create_future()
+    await meter.put(outbox, done)
+    await meter.put(outbox, done)
+    assert meter.blocked < 0.005
+    putting = asyncio.ensure_future(meter.put(outbox, done))
+    await asyncio.sleep(0.01)
+    outbox.get_nowait()
+    await putting
+    assert meter.blocked > 0.005
+    assert meter.capacity == 2
+    assert meter.occupancy == pytest.approx((0 + 1 + 2) / (3 * 2))
 
 
 async def test_the_tasks_of_a_serving_group_are_cancelled_when_its_block_ends() -> None:
@@ -234,6 +419,56 @@ async def test_cancelling_in_thread_again_does_not_leave_the_thread_behind() -> 
     with pytest.raises(asyncio.CancelledError):
         await task
     assert log == ["stop", "ended"]
+
+
+async def test_the_threads_of_a_pool_have_ended_after_its_block_and_work_not_begun_is_dropped() -> None:
+    begun, may_end, log = threading.Event(), threading.Event(), list[int]()
+
+    def work(item: int) -> None:
+        log.append(item)
+        begun.set()
+        may_end.wait()
+
+    async with thread_pool(1, "test") as pool:
+        futures = [pool.submit(work, item) for item in range(3)]
+        await in_thread(begun.wait)
+        asyncio.get_running_loop().call_later(0.01, may_end.set)
+    assert log == [0]
+    assert [future.cancelled() for future in futures] == [False, True, True]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("asynctrain-test")]
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+async def test_a_process_that_is_at_work_when_its_block_ends_is_killed_after_its_grace() -> None:
+    loop = asyncio.get_running_loop()
+    async with process_pool(1, "test", grace=0.05) as pool:
+        pid = await loop.run_in_executor(pool, os.getpid)
+        assert pid != os.getpid()
+        left = pool.submit(time.sleep, 60)
+        dropped = [pool.submit(time.sleep, 60) for _ in range(5)]
+        while not left.running():  # noqa: ASYNC110 (no event tells that another process has begun)
+            await asyncio.sleep(0.001)
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 2
+    assert has_ended(pid)
+    assert isinstance(left.exception(0), BrokenProcessPool)
+    assert dropped[-1].cancelled()
+
+
+async def test_processes_leave_the_interrupts_of_the_keyboard_to_their_parent() -> None:
+    loop = asyncio.get_running_loop()
+    async with process_pool(1, "test") as pool:
+        pid = await loop.run_in_executor(pool, os.getpid)
+        os.kill(pid, signal.SIGINT)
+        assert await loop.run_in_executor(pool, os.getpid) == pid
+    assert has_ended(pid)
 
 
 def _logged(log: list[str], function: Callable[[], None]) -> Callable[[], None]:

@@ -25,7 +25,7 @@ _aio                 | errors asyncio
 _files               |
 nn                   | {GROUND} numpy
 optim                | {GROUND} numpy
-data                 | {GROUND} _aio _files numpy asyncio PIL aiofiles
+data                 | {GROUND} _aio _files numpy asyncio PIL aiofiles fsspec imagecodecs simplejpeg
 executors.blas       | {GROUND} threadpoolctl
 executors.fingerprint| {GROUND} numpy threadpoolctl
 executors.worker     | {GROUND} executors.blas nn numpy threadpoolctl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from importlib.metadata import requires, version
@@ -21,14 +22,18 @@ def python(code: str) -> str:
 
 
 def import_milliseconds() -> float:
-    """Return the CPU time that ``import asynctrain`` costs a fresh process that has imported numpy."""
-    clock = "import numpy, time; start = time.process_time(); import asynctrain; print(time.process_time() - start)"
+    """Return what ``import asynctrain`` costs a fresh process that has imported numpy.
+
+    The clock is the importing thread's: other processes do not count, nor does the thread of OpenBLAS, which spins for
+    a while after numpy's import. On an idle machine it agrees with the clock on the wall.
+    """
+    clock = "import numpy, time; start = time.thread_time(); import asynctrain; print(time.thread_time() - start)"
     return 1000 * float(python(clock))
 
 
 def test_the_import_costs_at_most_150_ms_more_than_numpy() -> None:
     import_milliseconds()  # writes the byte code
-    assert min(import_milliseconds() for _ in range(7)) <= 150  # the least disturbed by other processes
+    assert statistics.median(import_milliseconds() for _ in range(7)) <= 150
 
 
 def test_the_import_brings_in_no_extra() -> None:

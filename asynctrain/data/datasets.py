@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index as as_index
 from pathlib import Path
@@ -37,6 +37,29 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Record: ...
 
 
+TRIES = 3
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+
+
+def read_patiently(read: Callable[[], bytes], name: str) -> bytes:
+    """Return ``read()``, called again at once, three times in all, while it raises an ``OSError`` that may pass.
+
+    Such are an input/output error or a stale handle of a network disk. What will not pass is raised the first time: no
+    such file, no permission, a folder in its place, a name that no file can have (``ValueError``).
+
+    Raises:
+        ReadError: with ``name`` and the reason; what ``read`` raised last is its cause.
+    """
+    failures = 0
+    while True:
+        try:
+            return read()
+        except (OSError, ValueError) as error:
+            failures += 1
+            if failures == TRIES or isinstance(error, _LASTING):
+                raise ReadError(name, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class FileSource:
     """An image file."""
@@ -44,12 +67,20 @@ class FileSource:
     path: str
 
     def read(self) -> bytes:
-        """Return the file's bytes. Blocks; raises ``ReadError``."""
+        """Return the file's bytes. Blocks; raises ``ReadError``, after three tries where the cause may pass."""
+        return read_patiently(self._content, self.path)
+
+    def _content(self) -> bytes:
+        with open(self.path, "rb", buffering=0) as file:  # noqa: PTH123 (at 6 us a file, a Path would double it)
+            return file.read()
+
+    def identity(self) -> bytes | None:
+        """Return what changes with the file: path, size and time of modification; None if it is not there. Blocks."""
         try:
-            with open(self.path, "rb", buffering=0) as file:  # noqa: PTH123 (at 6 us a file, a Path would double it)
-                return file.read()
-        except OSError as error:
-            raise ReadError(self.path, f"cannot be read: {error.strerror or error}") from error
+            status = os.stat(self.path)  # noqa: PTH116 (as above)
+        except OSError:
+            return None
+        return os.fsencode(os.path.abspath(self.path)) + f"|{status.st_size}|{status.st_mtime_ns}".encode()  # noqa: PTH100
 
     def __str__(self) -> str:
         return self.path
@@ -65,6 +96,9 @@ class ArraySource:
     def read(self) -> Array:
         """Return the array itself: (H, W) or (H, W, C) uint8."""
         return self.image
+
+    def identity(self) -> None:
+        """Return None: what is decoded already need not be kept."""
 
     def __str__(self) -> str:
         return self.name
@@ -127,6 +161,11 @@ class Subset(Splitting):
     def labels(self) -> Array:
         """(len,) int64."""
         return self.dataset.labels[self.indices]
+
+    @property
+    def in_flight(self) -> int:
+        """How many records to read at once, if the dataset has something to say about that, else ``AttributeError``."""
+        return self.dataset.in_flight  # type: ignore[attr-defined, no-any-return]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -198,13 +237,14 @@ def _image_files(folder: str) -> list[str]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = "" if parent == folder else os.path.relpath(parent, folder) + os.sep
-        files += [inside + name for name in names if _is_image(name)]
+        files += [inside + name for name in names if is_image(name)]
     if not files:
         raise DataError(folder, f"holds no image ({', '.join(sorted(SUFFIXES))})")
     return sorted(files)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name, without folders, counts as an image: by its suffix, and it is not hidden."""
     return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")  # noqa: PTH122 (60,000 calls)
 
 

@@ -5,60 +5,228 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from numbers import Integral
-from typing import Literal
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Literal
 
 import aiofiles.os
+import numpy as np
 
-from asynctrain._aio import Failure, Flow, ServingGroup, source, stage, thread_pool
-from asynctrain.data import pipeline
+from asynctrain._aio import Failure, Flow, Meter, in_thread, thread_pool, unwrapped
+from asynctrain.arena import Array
+from asynctrain.data.augment import Augmentation, Mixing
+from asynctrain.data.batching import (
+    CHUNK_LIMIT,
+    Assembler,
+    Budget,
+    Chunk,
+    ChunkSize,
+    Filling,
+    Pieces,
+    Plan,
+    ReadChunk,
+    Work,
+)
 from asynctrain.data.datasets import Dataset
+from asynctrain.data.decoding import Decoding, Home, open_decoding
+from asynctrain.data.fetching import Connections, is_async
 from asynctrain.data.images import ImageSettings
-from asynctrain.data.pipeline import Chunk, Plan, ReadChunk
-from asynctrain.data.sampler import Sampler
-from asynctrain.errors import ClosedError
-from asynctrain.types import Batch, Cursor
+from asynctrain.data.pipeline import Feed, Pipeline, Stream, arriving, hand_on
+from asynctrain.data.sampler import Order, Sampler
+from asynctrain.data.statistics import Statistics
+from asynctrain.errors import DataError
+from asynctrain.randomness import Purpose, generator, require_seed
+from asynctrain.types import Batch, Cursor, Skipped
 
-_read = aiofiles.os.wrap(pipeline.read)
+if TYPE_CHECKING:  # not needed by most programs, and not for nothing to import
+    from asynctrain.data.cache import Cache, CacheRows
+    from asynctrain.data.streams import RecordStream
 
 BEGINNING = Cursor()
+IN_FLIGHT = 32  # reads at once from a dataset that is fetched and does not say how many it allows
+FETCHED_CHUNK = 8  # samples; small, as one that is late holds up its chunk
+LARGE = 2**20  # bytes; assembling more than this would hold the loop up for longer than a hop takes
+
+_HINTS = {
+    "read": "a cache keeps decoded images for later epochs, and more files in flight help where the disk is far away",
+    "decode": "a cache makes later epochs cheap, and more threads, processes, or a faster decoder this one",
+    "assemble": "mixing is what it does; a smaller batch does not help",
+}
 
 
-class Loader:
-    """Reads, decodes and batches a dataset while the caller's loop goes on.
+class _Opening:
+    """How records become a stream of batches, whatever they come from: what ``Loader`` and ``StreamLoader`` share."""
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        *,
+        batch_size: int,
+        image_size: tuple[int, int],
+        channels: int,
+        resize: str,
+        decoder: str,
+        seed: int,
+        augment: Augmentation | None,
+        mix: Mixing | None,
+        errors: Literal["raise", "skip"],
+        max_skipped: int | float,
+        drop_last: bool,
+        prefetch: int,
+        threads: int | None,
+        executor: Home,
+        chunk: int | Literal["auto"],
+    ) -> None:
+        if executor not in ("threads", "processes", "auto"):
+            raise ValueError(f"executor must be 'threads', 'processes' or 'auto', got {executor!r}")
+        if errors not in ("raise", "skip"):
+            raise ValueError(f"errors must be 'raise' or 'skip', got {errors!r}")
+        if max_skipped < 0:
+            raise ValueError(f"max_skipped must be 0 or more, got {max_skipped}")
+        self.classes = tuple(classes)
+        self.settings = ImageSettings(image_size, channels, resize=resize, decoder=decoder)
+        self.batch_size = _one_or_more("batch_size", batch_size)
+        self.prefetch = _one_or_more("prefetch", prefetch)
+        self.threads = min(os.cpu_count() or 1, 4) if threads is None else _one_or_more("threads", threads)
+        self.executor: Home = executor
+        self.chunk = None if chunk == "auto" else _one_or_more("chunk", chunk)
+        self.seed = require_seed(seed)
+        self.augment = augment
+        self.mix = mix
+        self.errors = errors
+        self.max_skipped = max_skipped
+        self.drop_last = drop_last
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images delivered."""
+        return self.settings.shape
+
+    @asynccontextmanager
+    async def _batches(
+        self, source: _Source, cursor: Cursor, samples: int | None, stack: AsyncExitStack
+    ) -> AsyncIterator[Batches]:
+        """Open the pipeline behind ``source``; what it needs is on ``stack`` and outlives it."""
+        decoder = await stack.enter_async_context(thread_pool(self.threads, "decode"))
+        moving = _Moving(
+            source.work,
+            source.size,
+            await stack.enter_async_context(thread_pool(1, "read")),
+            await stack.enter_async_context(self._decoding(source, samples, decoder)),
+            await stack.enter_async_context(Connections()),
+        )
+        stack.callback(source.work.stopping.set)
+        assembler = Assembler(cursor, self.batch_size, self.drop_last, Budget(self.max_skipped, samples))
+        pipeline = (
+            Pipeline(source.chunks)
+            .map(moving.read, concurrency=source.reads, name="read")
+            .map(moving.decode, concurrency=self.threads, name="decode")
+            .through(partial(self._assemble, assembler, decoder), name="assemble")
+            .prefetch(self.prefetch)
+            .hint(**_HINTS)
+        )
+        async with pipeline.open() as stream:
+            yield Batches(stream, assembler)
+
+    def _decoding(
+        self, source: _Source, samples: int | None, threads: ThreadPoolExecutor
+    ) -> AbstractAsyncContextManager[Decoding]:
+        limit = self.chunk or min(self.batch_size, CHUNK_LIMIT)
+        return open_decoding(self.executor, source.work, self.threads, limit, samples, threads)
+
+    def _work(
+        self, dataset: Dataset | None, order: Order | None, cache: CacheRows | None, stopping: threading.Event
+    ) -> Work:
+        skips = self.errors == "skip"
+        return Work(dataset, order, self.settings, self.augment, self.seed, skips, cache, stopping)
+
+    def _chunk_size(self) -> ChunkSize:
+        return ChunkSize(self.chunk, first=min(-(-self.batch_size // self.threads), 32), limit=self.batch_size)
+
+    async def _assemble(
+        self,
+        assembler: Assembler,
+        threads: ThreadPoolExecutor,
+        inbox: Flow[Chunk],
+        outbox: Flow[Batch],
+        meter: Meter,
+    ) -> None:
+        """Be the last stage: hand on a batch whenever its last chunk has arrived."""
+        async for chunk in arriving(inbox, meter):
+            if isinstance(chunk, Failure):
+                return await hand_on(chunk, outbox, meter)
+            if chunk.closes:
+                try:
+                    for pieces in assembler.add(chunk.slab):
+                        await hand_on(await self._batch(pieces, threads), outbox, meter)
+                except Exception as error:
+                    return await hand_on(Failure(error), outbox, meter)
+        return None
+
+    async def _batch(self, pieces: Pieces, threads: ThreadPoolExecutor) -> Batch:
+        if self.mix is not None:
+            make: Callable[[], Batch] = partial(pieces.mixed, self._mixed)
+        elif pieces.whole is not None or len(pieces.rows) * prod(self.image_shape) < LARGE:
+            return pieces.batch()
+        else:
+            make = pieces.batch
+        return await asyncio.get_running_loop().run_in_executor(threads, make)
+
+    def _mixed(self, images: Array, labels: Array, epoch: int, first: int) -> tuple[Array, Array]:
+        assert self.mix is not None  # noqa: S101 - asked for only then
+        return self.mix(images, labels, len(self.classes), generator(self.seed, Purpose.MIX, epoch, first))
+
+
+class Loader(_Opening):
+    """Reads, decodes, augments and batches a dataset while the caller's loop goes on.
 
         async with loader.open(epochs=2) as batches:
             async for batch in batches:
                 ...
 
-    The order of samples and the pixels depend on the dataset, the seed and the image settings only, and a stream that
-    is opened at the cursor of a batch goes on at exactly the next one. A loader has no state of its own: it can be
-    opened many times, at once too. Each opened stream owns its threads and tasks and leaves none behind.
+    The order of samples and the pixels depend on the dataset, the seed and the settings only, never on threads, chunks
+    or timing, and a stream that is opened at the cursor of a batch goes on at exactly the next one. A loader has no
+    state of its own: it can be opened many times, at once too. Each opened stream owns its threads and tasks and leaves
+    none behind.
 
-    Memory: beside the batch that the caller holds, a stream holds at most ``prefetch + threads + 2`` batches of
-    ``batch_size * H * W * C`` bytes and the encoded bytes of ``(2 * threads + 3) * chunk`` images, and for each thread
-    one image at its full size while it is decoded (up to about 12 bytes per pixel).
+    Memory: beside the batch that the caller holds, a stream holds the encoded bytes of at most ``(2 * threads + 4) *
+    chunk`` images, the batches these are for, ``prefetch + 3`` more, each of ``batch_size * H * W * C`` bytes, and for
+    each thread one image at its full size while it is decoded (up to about 12 bytes per pixel). A chunk has at most 64
+    samples, and no more than a batch.
 
     Args:
         dataset: what to read.
         batch_size: samples in a batch, 1 or more. The last batch of an epoch has the rest.
         image_size: (H, W) of the images delivered.
         channels: 3 for RGB, 1 for grey.
+        resize: how images come to that size, see ``ImageSettings``.
+        decoder: ``"pillow"``, or a faster one of the extra ``fast``, see ``ImageSettings``.
         shuffle: whether each epoch has a random order of its own, else the dataset's.
-        seed: of the order, 0 to 2**64 - 1.
+        sampler: another order than that, for example ``BalancedSampler``; ``shuffle`` must be left alone then.
+        seed: of order, augmentation and mixing, 0 to 2**64 - 1.
+        augment: done to the images of each chunk, keyed by (seed, epoch, position).
+        mix: ``mixup`` or ``cutmix``, done to each whole batch, which then has soft labels; keyed by (seed, epoch, first
+            position of the batch).
+        cache: where decoded images are kept for later epochs.
+        errors: ``"raise"`` the first image that cannot be read or decoded, in its place, or ``"skip"`` it: batches stay
+            full, and each skipped sample is told in ``Batch.skipped`` and ``batches.skipped``.
+        max_skipped: how many samples of an epoch may be skipped, as a count or, a float, as a share.
         drop_last: leave out the samples of an epoch's last batch if it would not be full.
         prefetch: finished batches that wait for the caller, 1 or more.
         threads: images decoded at once, 1 or more; by default the number of CPUs, at most 4. Photos gain nearly that
             factor. Images of less than 4 KiB are decoded by one thread at a time in any case: Pillow spends most of
             their time under the GIL, and two threads were slower than one (50 and 32 us per 28x28 PNG).
-        chunk: samples that are read, and decoded, in one go, 1 or more; ``"auto"`` gives each thread a part of a batch,
-            of 32 samples at most.
+        executor: where images are decoded: on ``"threads"``, in as many ``"processes"`` (they are spawned, so a script
+            needs its main guard), or ``"auto"``: processes where a measurement of the first chunk shows that a second
+            thread gains little, and an epoch has enough to do for it.
+        chunk: samples that are read, and decoded, in one go, 1 or more; ``"auto"`` finds what takes about 10 ms.
 
     Raises:
         ValueError: an argument is out of range, the dataset is empty, or ``drop_last`` would leave out everything.
-        TypeError: a count is no integer.
     """
 
     def __init__(
@@ -68,70 +236,75 @@ class Loader:
         batch_size: int = 64,
         image_size: tuple[int, int] = (64, 64),
         channels: int = 3,
+        resize: str = "squash",
+        decoder: str = "pillow",
         shuffle: bool = True,
+        sampler: Order | None = None,
         seed: int = 0,
+        augment: Augmentation | None = None,
+        mix: Mixing | None = None,
+        cache: Cache | None = None,
+        errors: Literal["raise", "skip"] = "raise",
+        max_skipped: int | float = 0.05,
         drop_last: bool = False,
         prefetch: int = 2,
         threads: int | None = None,
+        executor: Home = "threads",
         chunk: int | Literal["auto"] = "auto",
     ) -> None:
         if len(dataset) == 0:
             raise ValueError("dataset must have at least one sample, got none")
+        super().__init__(
+            dataset.classes,
+            batch_size=batch_size,
+            image_size=image_size,
+            channels=channels,
+            resize=resize,
+            decoder=decoder,
+            seed=seed,
+            augment=augment,
+            mix=mix,
+            errors=errors,
+            max_skipped=max_skipped,
+            drop_last=drop_last,
+            prefetch=prefetch,
+            threads=threads,
+            executor=executor,
+            chunk=chunk,
+        )
         self.dataset = dataset
-        self.settings = ImageSettings(image_size, channels)
-        self.sampler = Sampler(len(dataset), seed, shuffle)
-        self.batch_size = _one_or_more("batch_size", batch_size)
-        self.prefetch = _one_or_more("prefetch", prefetch)
-        self.threads = min(os.cpu_count() or 1, 4) if threads is None else _one_or_more("threads", threads)
-        self.chunk = min(-(-self.batch_size // self.threads), 32) if chunk == "auto" else _one_or_more("chunk", chunk)
-        kept = len(dataset) - (len(dataset) % self.batch_size if drop_last else 0)
+        self.order = sampler or _usual_order(dataset, seed, shuffle)
+        self.cache = cache
+        samples = self.order.size
+        kept = samples - samples % batch_size if drop_last else samples
         if kept == 0:
-            raise ValueError(f"drop_last leaves no batch: {len(dataset)} samples are less than batch_size {batch_size}")
-        self._plan = Plan(kept, self.batch_size, self.chunk)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the images delivered."""
-        return self.settings.shape
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the labels 0, 1, ..."""
-        return self.dataset.classes
+            raise ValueError(f"drop_last leaves no batch: {samples} samples are less than batch_size {batch_size}")
+        self._plan = Plan(kept, batch_size)
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches an epoch has."""
+        """How many batches an epoch has; an upper bound where samples are skipped."""
         return self._plan.batches
 
     @property
     def samples_per_epoch(self) -> int:
-        """How many samples an epoch delivers."""
+        """How many samples an epoch delivers; an upper bound where samples are skipped."""
         return self._plan.samples
 
+    @property
+    def left_out(self) -> int:
+        """How many samples of each epoch ``drop_last`` leaves out."""
+        return self.order.size - self._plan.samples
+
     def evaluating(self, dataset: Dataset) -> Loader:
-        """Return a loader over all of ``dataset``, in its order, with this loader's image and thread settings.
+        """Return a loader over all of ``dataset``, in its order and unaugmented, with this loader's settings otherwise.
 
         Raises:
             ValueError: ``dataset`` has other classes, so its labels would mean something else.
         """
-        if tuple(dataset.classes) != tuple(self.classes):
-            raise ValueError(f"dataset must have the classes {self.classes}, got {dataset.classes}")
-        height, width, channels = self.image_shape
-        return Loader(
-            dataset,
-            batch_size=self.batch_size,
-            image_size=(height, width),
-            channels=channels,
-            shuffle=False,
-            prefetch=self.prefetch,
-            threads=self.threads,
-            chunk=self.chunk,
-        )
+        return _evaluating(self, dataset, self.cache)
 
-    def open(
-        self, cursor: Cursor = BEGINNING, *, epochs: int | None = None
-    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+    def open(self, cursor: Cursor = BEGINNING, *, epochs: int | None = None) -> AbstractAsyncContextManager[Batches]:
         """Open a stream of the batches from ``cursor`` on; reading ahead goes on across the epochs' ends.
 
         When a sample fails, the batches before its own are delivered, then its error is raised. Leaving the block, by
@@ -143,7 +316,7 @@ class Loader:
 
         Raises:
             ValueError: ``cursor`` is beyond the epoch or not between two batches, or ``epochs`` is negative.
-            DataError: while iterating: a file cannot be read or decoded, its path in the error.
+            DataError: while iterating: a file cannot be read or decoded, its path in the error; or too many cannot.
             ClosedError: while iterating: the block has ended.
         """
         self._plan.check(cursor)
@@ -152,37 +325,28 @@ class Loader:
         return self._opened(cursor, epochs)
 
     @asynccontextmanager
-    async def _opened(self, cursor: Cursor, epochs: int | None) -> AsyncIterator[AsyncIterator[Batch]]:
+    async def _opened(self, cursor: Cursor, epochs: int | None) -> AsyncIterator[Batches]:
         stopping = threading.Event()
-        async with thread_pool(1, "read") as reader, thread_pool(self.threads, "decode") as decoder:
-            one_at_a_time = asyncio.Lock()
+        async with AsyncExitStack() as stack:
+            rows = await self._open_cache(stack, stopping)
+            size, reads = self._chunk_size(), self.threads
+            if self._is_fetched():
+                size = ChunkSize(self.chunk or FETCHED_CHUNK, first=1, limit=self.batch_size)
+                reads = -(-getattr(self.dataset, "in_flight", IN_FLIGHT) // size.size)
+            work = self._work(self.dataset, self.order, rows, stopping)
+            source = _Source(self._plan.chunks(cursor, epochs, size), work, size, reads)
+            yield await stack.enter_async_context(self._batches(source, cursor, self._plan.samples, stack))
 
-            async def read(chunk: Chunk) -> ReadChunk:
-                return await _read(chunk, self.dataset, self.sampler, stopping, executor=reader)
+    def _is_fetched(self) -> bool:
+        """Whether sources that are read on the loop are among the first of the epoch."""
+        return any(is_async(self.dataset[int(index)].source) for index in self.order.order(0)[: 2 * self.batch_size])
 
-            async def decode(work: ReadChunk) -> Chunk:
-                images = work.chunk.batch.allocate(self.settings)
-                async with one_at_a_time if work.tiny else nullcontext():
-                    return await asyncio.get_running_loop().run_in_executor(
-                        decoder, pipeline.decode_into, work, images, self.settings, stopping
-                    )
-
-            # A chunk waiting for each thread, so that none is idle while the next one is read.
-            chunks_read: Flow[ReadChunk] = asyncio.Queue(self.threads)
-            # A chunk in the hands of each thread.
-            chunks_decoded: Flow[Chunk] = asyncio.Queue(self.threads)
-            # What the caller may fall behind by before decoding pauses.
-            batches = Batches(self.prefetch)
-            try:
-                async with ServingGroup() as tasks:
-                    plan = self._plan.chunks(cursor, epochs)
-                    tasks.create_task(source(read, plan, chunks_read, tasks, "read"), name="reading")
-                    tasks.create_task(stage(decode, chunks_read, chunks_decoded, tasks, "decode"), name="decoding")
-                    tasks.create_task(batches.fill(chunks_decoded), name="batching")
-                    yield batches
-            finally:
-                batches.close()
-                stopping.set()
+    async def _open_cache(self, stack: AsyncExitStack, stopping: threading.Event) -> CacheRows | None:
+        if self.cache is None:
+            return None
+        rows = await in_thread(self.cache.open, self.dataset, self.settings, stopping, stop=stopping.set)
+        stack.callback(rows.close)
+        return rows
 
     def __repr__(self) -> str:
         return (
@@ -191,45 +355,235 @@ class Loader:
         )
 
 
+class StreamLoader(_Opening):
+    """Batches of the records of a stream, which come one after the other and cannot be read at random.
+
+    It is used as ``Loader`` is, and its arguments are the same, but for those that only random access allows (an order,
+    a cache). Where an epoch's length shows only at its end, ``batches_per_epoch`` is None.
+
+    Memory: as for ``Loader``; the stream itself is asked for a record only when there is room for it.
+
+    Args:
+        stream: for example ``from_async_iterable(...)``, ``CompressedTarShards`` or ``InterleaveStreams``.
+        batch_size, image_size, channels, resize, decoder, seed, augment, mix, errors, max_skipped, prefetch, threads,
+            chunk: as for ``Loader``.
+    """
+
+    def __init__(
+        self,
+        stream: RecordStream,
+        *,
+        batch_size: int = 64,
+        image_size: tuple[int, int] = (64, 64),
+        channels: int = 3,
+        resize: str = "squash",
+        decoder: str = "pillow",
+        seed: int = 0,
+        augment: Augmentation | None = None,
+        mix: Mixing | None = None,
+        errors: Literal["raise", "skip"] = "raise",
+        max_skipped: int | float = 0.05,
+        drop_last: bool = False,
+        prefetch: int = 2,
+        threads: int | None = None,
+        executor: Home = "threads",
+        chunk: int | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__(
+            stream.classes,
+            batch_size=batch_size,
+            image_size=image_size,
+            channels=channels,
+            resize=resize,
+            decoder=decoder,
+            seed=seed,
+            augment=augment,
+            mix=mix,
+            errors=errors,
+            max_skipped=max_skipped,
+            drop_last=drop_last,
+            prefetch=prefetch,
+            threads=threads,
+            executor=executor,
+            chunk=chunk,
+        )
+        self.stream = stream
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """How many batches an epoch has, if that is known."""
+        return None if self.stream.length is None else -(-self.stream.length // self.batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int | None:
+        """How many samples an epoch delivers, if that is known."""
+        return self.stream.length
+
+    def evaluating(self, dataset: Dataset) -> Loader:
+        """Return a loader over ``dataset`` with the same image settings; see ``Loader.evaluating``."""
+        return _evaluating(self, dataset, None)
+
+    def open(self, cursor: Cursor = BEGINNING, *, epochs: int | None = None) -> AbstractAsyncContextManager[Batches]:
+        """Open a stream of the batches from ``cursor`` on; see ``Loader.open``.
+
+        Raises:
+            ValueError: the stream can be read only once, and this asks for more.
+        """
+        last = cursor.epoch + 1 if epochs is None else epochs
+        if not self.stream.replayable and (cursor != BEGINNING or last > 1):
+            raise ValueError(
+                f"{self.stream!r} can be read only once, from its beginning: epochs must be 1 and cursor the first "
+                f"one, got epochs={last} and {cursor}; give it a function that opens it at a position"
+            )
+        return self._opened(cursor, last)
+
+    @asynccontextmanager
+    async def _opened(self, cursor: Cursor, epochs: int) -> AsyncIterator[Batches]:
+        async with AsyncExitStack() as stack:
+            size = self._chunk_size()
+
+            async def feed(outbox: Flow[Chunk], meter: Meter) -> None:
+                position = cursor.position
+                for epoch in range(cursor.epoch, epochs):
+                    async with self.stream.open(epoch, position) as records:
+                        slabs = Filling(epoch, position, self.batch_size, self.stream.length, size)
+                        async for record in records:
+                            for chunk in slabs.add(record):
+                                await hand_on(chunk, outbox, meter)
+                        for chunk in slabs.end():
+                            await hand_on(chunk, outbox, meter)
+                    position = 0
+
+            source = _Source(feed, self._work(None, None, None, threading.Event()), size, self.threads)
+            yield await stack.enter_async_context(self._batches(source, cursor, self.stream.length, stack))
+
+    def __repr__(self) -> str:
+        return f"<StreamLoader of {self.stream!r}: batches of {self.batch_size}, images {self.image_shape}>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where the chunks of one opened stream come from, what is done to them, and how many are read at once."""
+
+    chunks: Iterable[Chunk] | Feed
+    work: Work
+    size: ChunkSize
+    reads: int
+
+
+class _Moving:
+    """Moves chunks between threads, one hop for reading and one for decoding."""
+
+    def __init__(
+        self,
+        work: Work,
+        size: ChunkSize,
+        reader: ThreadPoolExecutor,
+        decoding: Decoding,
+        connections: Connections,
+    ) -> None:
+        self._work = work
+        self._size = size
+        self._decoding = decoding
+        self._connections = connections
+        self._read = partial(aiofiles.os.wrap(work.read), executor=reader)
+
+    async def read(self, chunk: Chunk) -> ReadChunk:
+        chunk.slab.allocate(self._work.settings.shape)
+        work: ReadChunk = await self._read(chunk)
+        fetched = [row for row in np.flatnonzero(work.missing).tolist() if work.contents[row] is None]
+        if fetched:
+            with unwrapped():
+                async with asyncio.TaskGroup() as tasks:
+                    for row in fetched:
+                        tasks.create_task(self._fetch(work, row), name=f"fetch-{chunk.slab.start + chunk.start + row}")
+        return work
+
+    async def _fetch(self, work: ReadChunk, row: int) -> None:
+        source = work.records[row].source
+        assert is_async(source)  # noqa: S101 - others have been read
+        try:
+            work.contents[row] = await self._connections.fetch(source)
+        except DataError as error:
+            self._work.leave_out(work, row, error)
+
+    async def decode(self, work: ReadChunk) -> Chunk:
+        seconds = await self._decoding.decode(work)
+        self._size.observe(len(work.records), seconds)
+        return work.chunk
+
+
 class Batches(AsyncIterator[Batch]):
     """An opened stream of batches.
 
-    What ends it, its last item or an error or its closing, stays in the queue and is told to whoever asks again.
+    What ends it, its last item or an error or its closing, is told to whoever asks again.
+
+    Attributes:
+        skipped: the samples that were left out of the batches delivered so far.
     """
 
-    def __init__(self, bound: int) -> None:
-        self._queue: asyncio.Queue[Batch | Failure] = asyncio.Queue(bound)
-
-    async def fill(self, chunks: Flow[Chunk]) -> None:
-        """Be the last stage: put a batch whenever its last chunk has arrived."""
-        while (task := await chunks.get()) is not None:
-            chunk = await task
-            if isinstance(chunk, Failure):
-                return await self._queue.put(chunk)
-            if chunk.closes:
-                await self._queue.put(chunk.batch.finished())
-        return await self._queue.put(Failure(StopAsyncIteration()))
+    def __init__(self, stream: Stream[Batch], assembler: Assembler) -> None:
+        self._stream = stream
+        self._assembler = assembler
+        self.skipped: list[Skipped] = []
 
     async def __anext__(self) -> Batch:
-        item = await self._queue.get()
-        if isinstance(item, Failure):
-            self._queue.put_nowait(item)  # there is room: it has just been taken out, and nobody puts after it
-            raise item.error
-        return item
+        try:
+            batch = await anext(self._stream)
+        except Exception:
+            self.skipped += self._assembler.take_news()  # after the last batch
+            raise
+        self.skipped += batch.skipped
+        return batch
 
-    def close(self) -> None:
-        """Drop what was read ahead; from now on ``ClosedError`` is raised. Nobody may be filling any more."""
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._queue.put_nowait(Failure(ClosedError("the batches of a loader were used after its block had ended")))
+    def statistics(self) -> Statistics:
+        """Return what the stages did and waited for so far."""
+        return self._stream.statistics()
+
+    def report(self) -> str:
+        """Return one sentence on what holds the loading up, a table of the stages, and the skipped samples."""
+        lines = [self._stream.report()]
+        if self.skipped:
+            lines.append(f"\n{len(self.skipped)} samples were skipped:")
+            lines += [f"  {skipped.source}: {skipped.reason}" for skipped in self.skipped]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<Batches: {self._queue.qsize()} of {self._queue.maxsize} read ahead>"
+        return repr(self._stream).replace("Stream", "Batches", 1)
 
 
-def _one_or_more(name: str, value: object) -> int:
-    if not isinstance(value, Integral):
+def _evaluating(loader: _Opening, dataset: Dataset, cache: Cache | None) -> Loader:
+    if tuple(dataset.classes) != loader.classes:
+        raise ValueError(f"dataset must have the classes {loader.classes}, got {dataset.classes}")
+    return Loader(
+        dataset,
+        batch_size=loader.batch_size,
+        image_size=loader.settings.size,
+        channels=loader.settings.channels,
+        resize=loader.settings.resize,
+        decoder=loader.settings.decoder,
+        shuffle=False,
+        cache=cache,
+        errors=loader.errors,
+        max_skipped=loader.max_skipped,
+        prefetch=loader.prefetch,
+        threads=loader.threads,
+        executor=loader.executor,
+        chunk=loader.chunk or "auto",
+    )
+
+
+def _usual_order(dataset: Dataset, seed: int, shuffle: bool) -> Order:
+    """Return the dataset's own order, as ``Interleave`` has one, or a random or sequential one over all of it."""
+    if hasattr(dataset, "sampler"):
+        order: Order = dataset.sampler(seed, shuffle)
+        return order
+    return Sampler(len(dataset), seed, shuffle)
+
+
+def _one_or_more(name: str, value: int) -> int:
+    if not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be 1 or more, got {value}")
-    return int(value)
+    return value

@@ -15,13 +15,16 @@ Reason = Literal["finished", "stopped", "cancelled", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """The run begins: ``step`` steps were done before, ``steps`` are to be done when it is finished."""
+    """The run begins: ``step`` steps were done before, ``steps`` are to be done when it is finished.
+
+    What only the end of a stream will tell is None.
+    """
 
     epochs: int
     step: int
-    steps: int
-    steps_per_epoch: int
-    samples_per_epoch: int
+    steps: int | None
+    steps_per_epoch: int | None
+    samples_per_epoch: int | None
     parameters: int
 
 
@@ -51,6 +54,16 @@ class EpochEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleSkipped:
+    """A sample was left out, as the loader was told to do with bad ones."""
+
+    epoch: int
+    position: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunEnd:
     """The last event of a run. error: one sentence where it failed."""
 
@@ -68,7 +81,7 @@ class Missed:
     last: int
 
 
-Event = RunStart | StepEnd | EpochEnd | RunEnd | Missed
+Event = RunStart | StepEnd | SampleSkipped | EpochEnd | RunEnd | Missed
 
 
 def to_json(number: int, event: Event) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from asynctrain.inference.classifier import Classifier
 from asynctrain.inference.evaluate import Evaluation, evaluate
 from asynctrain.nn.model import Model
 from asynctrain.optim.transforms import Optimizer
-from asynctrain.train.events import EpochEnd, Event, EventLog, Reason, RunEnd, RunStart, StepEnd
+from asynctrain.train.events import EpochEnd, Event, EventLog, Reason, RunEnd, RunStart, SampleSkipped, StepEnd
 from asynctrain.train.history import History
 from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.state import TrainState
@@ -49,6 +49,7 @@ class Run:
         self._state = state
         self._events = EventLog()
         self._epochs: list[EpochEnd] = []
+        self._epoch = state.cursor.epoch
         self._samples = 0
         self._started = self._epoch_started = time.perf_counter()
         self._seconds = 0.0
@@ -125,26 +126,34 @@ class Run:
             self._state = await step.begin(state)
             self._publish(self._start_event())
             async for batch in batches:
+                if batch.epoch != self._epoch:
+                    await self._end_epoch(session)
+                    self._epoch = batch.epoch
                 await self._apply(step, batch)
                 if batch.last:
                     await self._end_epoch(session)
                 if self._stop_asked:
                     return "stopped"
+            await self._end_epoch(session)
         return "finished"
 
     async def _apply(self, step: TrainStep, batch: Batch) -> None:
-        epoch = self._state.cursor.epoch + 1
+        for skipped in batch.skipped:
+            self._publish(SampleSkipped(self._epoch + 1, skipped.position, skipped.source, skipped.reason))
         state, sums = await step(self._state, batch)
         self._state = replace(state, sums=state.sums + sums)
         self._samples += sums.samples
         rate = self._samples / (time.perf_counter() - self._started)
-        self._publish(StepEnd(epoch, state.step, sums.mean_loss, sums.accuracy, sums.samples, rate))
+        self._publish(StepEnd(self._epoch + 1, state.step, sums.mean_loss, sums.accuracy, sums.samples, rate))
 
     async def _end_epoch(self, session: Session) -> None:
+        """Tell the end of the epoch, once: its last batch may not be known as such when samples are skipped."""
+        if not self._state.sums.samples:
+            return
         validation = await self._validate(session)
         state, now = self._state, time.perf_counter()
         event = EpochEnd(
-            epoch=state.cursor.epoch,  # the cursor is at the next one already, and epochs count from 1 here
+            epoch=self._epoch + 1,
             step=state.step,
             loss=state.sums.mean_loss,
             accuracy=state.sums.accuracy,
@@ -177,11 +186,12 @@ class Run:
 
     def _start_event(self) -> RunStart:
         job = self._job
+        per_epoch = job.loader.batches_per_epoch
         return RunStart(
             epochs=job.epochs,
             step=self._state.step,
-            steps=job.epochs * job.loader.batches_per_epoch,
-            steps_per_epoch=job.loader.batches_per_epoch,
+            steps=None if per_epoch is None else job.epochs * per_epoch,
+            steps_per_epoch=per_epoch,
             samples_per_epoch=job.loader.samples_per_epoch,
             parameters=sum(array.size for array in self._state.params.values()),
         )

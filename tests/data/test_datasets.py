@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asynctrain.data import ArrayDataset, FileSource, ImageFolder, Subset
+from asynctrain.data.datasets import read_patiently
 from asynctrain.errors import DataError, ReadError
 
 
@@ -168,3 +170,39 @@ def test_a_fraction_out_of_range_is_told(fraction: float) -> None:
 def test_indices_out_of_range_are_told(indices: list[int]) -> None:
     with pytest.raises(ValueError, match="indices must be between 0 and 1, got"):
         Subset(of_labels([0, 1]), indices)
+
+
+class Failing:
+    """A read that raises each error in turn, and then returns."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.calls = 0
+
+    def __call__(self) -> bytes:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"content"
+
+
+STALE, BROKEN = OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")
+
+
+def test_a_read_that_fails_in_passing_is_tried_three_times() -> None:
+    read = Failing(STALE, BROKEN)
+    assert read_patiently(read, "a.png") == b"content"
+    assert read.calls == 3
+    with pytest.raises(ReadError, match=r"a\.png: cannot be read: Input/output error") as caught:
+        read_patiently(Failing(STALE, STALE, BROKEN), "a.png")
+    assert caught.value.__cause__ is BROKEN
+
+
+@pytest.mark.parametrize(
+    "kind", [FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError]
+)
+def test_a_read_that_cannot_succeed_is_tried_once(kind: type[Exception]) -> None:
+    read = Failing(kind("no"))
+    with pytest.raises(ReadError, match=r"a\.png: cannot be read: no"):
+        read_patiently(read, "a.png")
+    assert read.calls == 1

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from asynctrain.arena import Array, Shape, aligned_empty
-from asynctrain.data import ArrayDataset, ImageFolder, Loader, Sampler, Subset, pipeline
+from asynctrain.data import ArrayDataset, ImageFolder, Loader, Sampler, Subset, batching
 from asynctrain.errors import ClosedError, DecodeError, ReadError
 from asynctrain.types import Batch, BatchStream, Cursor, Record
 
@@ -339,7 +340,7 @@ async def test_leaving_early_leaves_no_thread_and_no_task(folder: ImageFolder) -
         async for _ in batches:
             break
         names = {task.get_name() for task in asyncio.all_tasks() - before}
-        assert {"reading", "decoding"} <= names
+        assert {"source", "read", "decode", "assemble"} <= names
         assert loader_threads()
     assert asyncio.all_tasks() == before
     assert loader_threads() == []
@@ -370,9 +371,9 @@ async def test_a_timeout_around_a_loader_just_works(folder: ImageFolder) -> None
 
 
 async def test_reading_never_runs_ahead_of_the_documented_bound() -> None:
-    """Encoded images of 2 * threads + 3 chunks, and prefetch + 1 finished batches, are ahead of the caller at most."""
+    """Encoded images of 2 * threads + 4 chunks, and prefetch + 3 batches, are ahead of the caller at most."""
     threads, chunk, batch_size, prefetch = 2, 3, 6, 2
-    bound = (2 * threads + 3) * chunk + (prefetch + 1) * batch_size
+    bound = (2 * threads + 4) * chunk + (prefetch + 3) * batch_size
     read = delivered = furthest = 0
 
     def count(index: int) -> None:
@@ -393,7 +394,8 @@ async def test_reading_never_runs_ahead_of_the_documented_bound() -> None:
 
 
 async def test_no_more_batches_are_in_memory_than_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads, prefetch = 2, 3
+    threads, prefetch, chunk, batch_size = 2, 3, 4, 4
+    bound = prefetch + 3 + ceil((2 * threads + 4) * chunk / batch_size)
     alive: list[weakref.ref[Array]] = []
     most = 0
 
@@ -404,12 +406,13 @@ async def test_no_more_batches_are_in_memory_than_documented(monkeypatch: pytest
         most = max(most, len(alive))
         return array
 
-    monkeypatch.setattr(pipeline, "aligned_empty", watched)
-    async with grey_loader(arrays(200), threads=threads, prefetch=prefetch, chunk=4).open() as batches:
+    monkeypatch.setattr(batching, "aligned_empty", watched)
+    loader = grey_loader(arrays(200), threads=threads, prefetch=prefetch, chunk=chunk, batch_size=batch_size)
+    async with loader.open() as batches:
         for _ in range(20):
             await until_full(batches)
             await anext(batches)
-    assert prefetch < most <= prefetch + threads + 2
+    assert prefetch < most <= bound
 
 
 async def test_prefetching_goes_on_across_the_end_of_an_epoch() -> None:
