@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench-loading bench-loop clean
+.PHONY: help demo test check bench-loading bench-loop bench-sources clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ bench-loading: $(VENV)/.installed-bench $(PEERS)/.installed ## load images side 
 
 bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a heartbeat in the same event loop gets while training
 	$(RUN) -m benchmarks.loop
+
+bench-sources: $(VENV)/.installed-dev ## measure how near the loader comes to the rate of slow sources
+	$(RUN) -m benchmarks.sources
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

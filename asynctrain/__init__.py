@@ -7,8 +7,8 @@ gradients were computed.
 from asynctrain import data, errors, nn, optim
 from asynctrain._version import __version__
 
-# Images: where they are, and how they become batches
-from asynctrain.data import ArrayDataset, ImageFolder, Loader
+# Images: where they are, and how they become batches (more kinds of sources are in asynctrain.data)
+from asynctrain.data import ArrayDataset, ImageFolder, Loader, Pipeline, StreamLoader, augment
 
 # Homes: where gradients are computed
 from asynctrain.executors import Executor, InlineExecutor, Session, ThreadExecutor, numeric_fingerprint
@@ -38,15 +38,18 @@ __all__ = [
     "Loader",
     "Model",
     "Normalization",
+    "Pipeline",
     "Prediction",
     "Program",
     "Record",
     "Run",
     "Session",
+    "StreamLoader",
     "ThreadExecutor",
     "TrainState",
     "Trainer",
     "__version__",
+    "augment",
     "data",
     "errors",
     "events",

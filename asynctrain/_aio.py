@@ -58,7 +58,7 @@ class Meter:
     Attributes:
         name: of the stage.
         concurrency: how many items it works on at once.
-        items: how many it has handed on, be they samples, chunks or batches.
+        items: how many it has handed on; one that has an integer ``samples`` counts as so many.
         failures: how many items failed in it.
         busy: seconds of work, added over all that went on at once.
         starved: seconds in which it waited for an item to begin with.
@@ -76,7 +76,8 @@ class Meter:
 
     def count(self, item: object) -> None:
         """Add an item that is handed on."""
-        self.items += getattr(item, "samples", 1)
+        samples = getattr(item, "samples", 1)
+        self.items += samples if isinstance(samples, int) else 1  # an item of the user's may have others
 
     async def get(self, inbox: asyncio.Queue[T]) -> T:
         """Take from ``inbox``, counting the wait."""

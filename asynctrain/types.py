@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -51,8 +51,9 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A sample that was left out: its position in the epoch, its name, and why."""
+    """A sample that was left out: its epoch, its position there, its name, and why."""
 
+    epoch: int
     position: int
     source: str
     reason: str
@@ -85,6 +86,19 @@ class Batch:
         return self.cursor.epoch - 1 if self.last else self.cursor.epoch
 
 
+class BatchIterator(Protocol):
+    """An opened stream of batches."""
+
+    @property
+    def skipped(self) -> Sequence[Skipped]:
+        """The samples left out so far, those before the batch delivered last and, at the end, those after it."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Batch]: ...
+
+    async def __anext__(self) -> Batch: ...
+
+
 class BatchStream(Protocol):
     """What a training run needs of a loader (``asynctrain.Loader`` is one)."""
 
@@ -108,9 +122,7 @@ class BatchStream(Protocol):
         """How many samples an epoch delivers; None where only its end will tell."""
         ...
 
-    def open(
-        self, cursor: Cursor = ..., *, epochs: int | None = ...
-    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+    def open(self, cursor: Cursor = ..., *, epochs: int | None = ...) -> AbstractAsyncContextManager[BatchIterator]:
         """Deliver the batches from ``cursor`` up to the end of epoch ``epochs - 1`` (by default of the cursor's)."""
         ...
 

@@ -421,7 +421,7 @@ class Assembler:
             else:
                 self._waiting.append((slab, row))
                 if len(self._waiting) == self._batch_size:
-                    yield self._take(slab.start + row + 1, self._is_last(slab, row))
+                    yield self._take(slab.start + row + 1, last=slab.ends_epoch and row == slab.size - 1)
         if slab.ends_epoch:
             if self._waiting and not self._drop_last:
                 yield self._take(slab.start + slab.size, last=True)
@@ -433,16 +433,10 @@ class Assembler:
         return news
 
     def _skip(self, slab: Slab, row: int) -> None:
-        skipped = Skipped(slab.start + row, slab.names[row], slab.bad[row].reason)
+        skipped = Skipped(slab.epoch, slab.start + row, slab.names[row], slab.bad[row].reason)
         self._skipped += (skipped.position,)
         self._news.append(skipped)
         self._budget.check(len(self._skipped), skipped)
-
-    def _is_last(self, slab: Slab, row: int) -> bool:
-        """Whether no batch can follow the one that this row completes; it may turn out later that none does."""
-        if not self._drop_last or self._budget.samples is None:
-            return slab.ends_epoch and row == slab.size - 1
-        return self._budget.samples - (slab.start + row + 1) < self._batch_size
 
     def _take(self, position: int, last: bool) -> Pieces:
         """Return the waiting rows, as the batch after which ``position`` is the next unread one."""

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import aiofiles.os
 import numpy as np
@@ -58,6 +58,26 @@ _HINTS = {
 }
 
 
+class Options(TypedDict, total=False):
+    """What ``Loader`` and ``StreamLoader`` have in common; ``Loader`` says what each means, and its default."""
+
+    batch_size: int
+    image_size: tuple[int, int]
+    channels: int
+    resize: str
+    decoder: str
+    seed: int
+    augment: Augmentation | None
+    mix: Mixing | None
+    errors: Literal["raise", "skip"]
+    max_skipped: int | float
+    drop_last: bool
+    prefetch: int
+    threads: int | None
+    executor: Home
+    chunk: int | Literal["auto"]
+
+
 class _Opening:
     """How records become a stream of batches, whatever they come from: what ``Loader`` and ``StreamLoader`` share."""
 
@@ -65,21 +85,21 @@ class _Opening:
         self,
         classes: Sequence[str],
         *,
-        batch_size: int,
-        image_size: tuple[int, int],
-        channels: int,
-        resize: str,
-        decoder: str,
-        seed: int,
-        augment: Augmentation | None,
-        mix: Mixing | None,
-        errors: Literal["raise", "skip"],
-        max_skipped: int | float,
-        drop_last: bool,
-        prefetch: int,
-        threads: int | None,
-        executor: Home,
-        chunk: int | Literal["auto"],
+        batch_size: int = 64,
+        image_size: tuple[int, int] = (64, 64),
+        channels: int = 3,
+        resize: str = "squash",
+        decoder: str = "pillow",
+        seed: int = 0,
+        augment: Augmentation | None = None,
+        mix: Mixing | None = None,
+        errors: Literal["raise", "skip"] = "raise",
+        max_skipped: int | float = 0.05,
+        drop_last: bool = False,
+        prefetch: int = 2,
+        threads: int | None = None,
+        executor: Home = "threads",
+        chunk: int | Literal["auto"] = "auto",
     ) -> None:
         if executor not in ("threads", "processes", "auto"):
             raise ValueError(f"executor must be 'threads', 'processes' or 'auto', got {executor!r}")
@@ -113,8 +133,7 @@ class _Opening:
         """Open the pipeline behind ``source``; what it needs is on ``stack`` and outlives it."""
         decoder = await stack.enter_async_context(thread_pool(self.threads, "decode"))
         moving = _Moving(
-            source.work,
-            source.size,
+            source,
             await stack.enter_async_context(thread_pool(1, "read")),
             await stack.enter_async_context(self._decoding(source, samples, decoder)),
             await stack.enter_async_context(Connections()),
@@ -233,53 +252,22 @@ class Loader(_Opening):
         self,
         dataset: Dataset,
         *,
-        batch_size: int = 64,
-        image_size: tuple[int, int] = (64, 64),
-        channels: int = 3,
-        resize: str = "squash",
-        decoder: str = "pillow",
         shuffle: bool = True,
         sampler: Order | None = None,
-        seed: int = 0,
-        augment: Augmentation | None = None,
-        mix: Mixing | None = None,
         cache: Cache | None = None,
-        errors: Literal["raise", "skip"] = "raise",
-        max_skipped: int | float = 0.05,
-        drop_last: bool = False,
-        prefetch: int = 2,
-        threads: int | None = None,
-        executor: Home = "threads",
-        chunk: int | Literal["auto"] = "auto",
+        **options: Unpack[Options],
     ) -> None:
         if len(dataset) == 0:
             raise ValueError("dataset must have at least one sample, got none")
-        super().__init__(
-            dataset.classes,
-            batch_size=batch_size,
-            image_size=image_size,
-            channels=channels,
-            resize=resize,
-            decoder=decoder,
-            seed=seed,
-            augment=augment,
-            mix=mix,
-            errors=errors,
-            max_skipped=max_skipped,
-            drop_last=drop_last,
-            prefetch=prefetch,
-            threads=threads,
-            executor=executor,
-            chunk=chunk,
-        )
+        super().__init__(dataset.classes, **options)
         self.dataset = dataset
-        self.order = sampler or _usual_order(dataset, seed, shuffle)
+        self.order = sampler or _usual_order(dataset, self.seed, shuffle)
         self.cache = cache
         samples = self.order.size
-        kept = samples - samples % batch_size if drop_last else samples
+        kept = samples - samples % self.batch_size if self.drop_last else samples
         if kept == 0:
-            raise ValueError(f"drop_last leaves no batch: {samples} samples are less than batch_size {batch_size}")
-        self._plan = Plan(kept, batch_size)
+            raise ValueError(f"drop_last leaves no batch: {samples} samples are less than batch_size {self.batch_size}")
+        self._plan = Plan(kept, self.batch_size)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -329,12 +317,13 @@ class Loader(_Opening):
         stopping = threading.Event()
         async with AsyncExitStack() as stack:
             rows = await self._open_cache(stack, stopping)
-            size, reads = self._chunk_size(), self.threads
+            size, reads, in_flight = self._chunk_size(), self.threads, 1
             if self._is_fetched():
                 size = ChunkSize(self.chunk or FETCHED_CHUNK, first=1, limit=self.batch_size)
-                reads = -(-getattr(self.dataset, "in_flight", IN_FLIGHT) // size.size)
+                in_flight = getattr(self.dataset, "in_flight", IN_FLIGHT)
+                reads = 2 * -(-in_flight // size.size)  # so that a chunk that waits for its last leaves no place idle
             work = self._work(self.dataset, self.order, rows, stopping)
-            source = _Source(self._plan.chunks(cursor, epochs, size), work, size, reads)
+            source = _Source(self._plan.chunks(cursor, epochs, size), work, size, reads, in_flight)
             yield await stack.enter_async_context(self._batches(source, cursor, self._plan.samples, stack))
 
     def _is_fetched(self) -> bool:
@@ -365,48 +354,11 @@ class StreamLoader(_Opening):
 
     Args:
         stream: for example ``from_async_iterable(...)``, ``CompressedTarShards`` or ``InterleaveStreams``.
-        batch_size, image_size, channels, resize, decoder, seed, augment, mix, errors, max_skipped, prefetch, threads,
-            chunk: as for ``Loader``.
+        options: ``batch_size``, ``image_size``, ... as for ``Loader``.
     """
 
-    def __init__(
-        self,
-        stream: RecordStream,
-        *,
-        batch_size: int = 64,
-        image_size: tuple[int, int] = (64, 64),
-        channels: int = 3,
-        resize: str = "squash",
-        decoder: str = "pillow",
-        seed: int = 0,
-        augment: Augmentation | None = None,
-        mix: Mixing | None = None,
-        errors: Literal["raise", "skip"] = "raise",
-        max_skipped: int | float = 0.05,
-        drop_last: bool = False,
-        prefetch: int = 2,
-        threads: int | None = None,
-        executor: Home = "threads",
-        chunk: int | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__(
-            stream.classes,
-            batch_size=batch_size,
-            image_size=image_size,
-            channels=channels,
-            resize=resize,
-            decoder=decoder,
-            seed=seed,
-            augment=augment,
-            mix=mix,
-            errors=errors,
-            max_skipped=max_skipped,
-            drop_last=drop_last,
-            prefetch=prefetch,
-            threads=threads,
-            executor=executor,
-            chunk=chunk,
-        )
+    def __init__(self, stream: RecordStream, **options: Unpack[Options]) -> None:
+        super().__init__(stream.classes, **options)
         self.stream = stream
 
     @property
@@ -454,7 +406,7 @@ class StreamLoader(_Opening):
                             await hand_on(chunk, outbox, meter)
                     position = 0
 
-            source = _Source(feed, self._work(None, None, None, threading.Event()), size, self.threads)
+            source = _Source(feed, self._work(None, None, None, threading.Event()), size, self.threads, 1)
             yield await stack.enter_async_context(self._batches(source, cursor, self.stream.length, stack))
 
     def __repr__(self) -> str:
@@ -463,12 +415,16 @@ class StreamLoader(_Opening):
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where the chunks of one opened stream come from, what is done to them, and how many are read at once."""
+    """Where the chunks of one opened stream come from, what is done to them, how many are read at once.
+
+    in_flight: how many samples are fetched at once.
+    """
 
     chunks: Iterable[Chunk] | Feed
     work: Work
     size: ChunkSize
     reads: int
+    in_flight: int
 
 
 class _Moving:
@@ -476,14 +432,14 @@ class _Moving:
 
     def __init__(
         self,
-        work: Work,
-        size: ChunkSize,
+        source: _Source,
         reader: ThreadPoolExecutor,
         decoding: Decoding,
         connections: Connections,
     ) -> None:
-        self._work = work
-        self._size = size
+        self._work = work = source.work
+        self._size = source.size
+        self._places = asyncio.Semaphore(source.in_flight)
         self._decoding = decoding
         self._connections = connections
         self._read = partial(aiofiles.os.wrap(work.read), executor=reader)
@@ -503,7 +459,8 @@ class _Moving:
         source = work.records[row].source
         assert is_async(source)  # noqa: S101 - others have been read
         try:
-            work.contents[row] = await self._connections.fetch(source)
+            async with self._places:
+                work.contents[row] = await self._connections.fetch(source)
         except DataError as error:
             self._work.leave_out(work, row, error)
 

@@ -18,7 +18,7 @@ from asynctrain.train.history import History
 from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.state import TrainState
 from asynctrain.train.step import TrainStep
-from asynctrain.types import Batch, BatchStream, Sums
+from asynctrain.types import Batch, BatchIterator, BatchStream, Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class Run:
         self._epochs: list[EpochEnd] = []
         self._epoch = state.cursor.epoch
         self._samples = 0
+        self._told = 0  # samples that were left out
         self._started = self._epoch_started = time.perf_counter()
         self._seconds = 0.0
         self._stop_asked = False
@@ -127,24 +128,32 @@ class Run:
             self._publish(self._start_event())
             async for batch in batches:
                 if batch.epoch != self._epoch:
+                    self._tell_skipped(batches)
                     await self._end_epoch(session)
                     self._epoch = batch.epoch
+                self._tell_skipped(batches)
                 await self._apply(step, batch)
                 if batch.last:
                     await self._end_epoch(session)
                 if self._stop_asked:
                     return "stopped"
+            self._tell_skipped(batches)
             await self._end_epoch(session)
         return "finished"
 
     async def _apply(self, step: TrainStep, batch: Batch) -> None:
-        for skipped in batch.skipped:
-            self._publish(SampleSkipped(self._epoch + 1, skipped.position, skipped.source, skipped.reason))
         state, sums = await step(self._state, batch)
         self._state = replace(state, sums=state.sums + sums)
         self._samples += sums.samples
         rate = self._samples / (time.perf_counter() - self._started)
         self._publish(StepEnd(self._epoch + 1, state.step, sums.mean_loss, sums.accuracy, sums.samples, rate))
+
+    def _tell_skipped(self, batches: BatchIterator) -> None:
+        """Tell the samples that were left out and belong to the epoch, or one before it."""
+        for skipped in batches.skipped[self._told :]:
+            if skipped.epoch <= self._epoch:
+                self._told += 1
+                self._publish(SampleSkipped(skipped.epoch + 1, skipped.position, skipped.source, skipped.reason))
 
     async def _end_epoch(self, session: Session) -> None:
         """Tell the end of the epoch, once: its last batch may not be known as such when samples are skipped."""

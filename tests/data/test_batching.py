@@ -384,10 +384,12 @@ def test_the_epoch_of_a_batch_after_which_all_are_bad_ends_without_being_told_by
     assert [skipped.position for skipped in second.skipped] == [4, 5, 6, 7], "of the epoch before"
 
 
-def test_with_drop_last_the_batch_after_which_no_other_fits_is_the_last() -> None:
-    (pieces,) = assembled(slabs_of(8, 4, [1]), assembler_of(8, 4, drop_last=True))
+def test_a_batch_after_which_samples_are_left_out_is_not_the_last_one_or_their_bad_ones_would_be_forgotten() -> None:
+    assembler = assembler_of(8, 4, drop_last=True)
+    (pieces,) = assembled(slabs_of(8, 4, [1, 6]), assembler)
     assert pieces.batch().labels.tolist() == [0, 2, 3, 4]
-    assert pieces.last
+    assert (pieces.last, pieces.cursor.position) == (False, 5)
+    assert [skipped.position for skipped in assembler.take_news()] == [6]
 
 
 def test_mixing_gets_the_epoch_and_the_position_of_the_first_good_sample() -> None:
@@ -405,7 +407,7 @@ def skipped_until(budget: Budget, samples: int) -> int:
     """Return how many may be skipped, if all of so many are bad."""
     for number in range(samples):
         with suppress(TooManyBadSamples):
-            budget.check(number + 1, Skipped(number, f"s{number}", "is bad"))
+            budget.check(number + 1, Skipped(0, number, f"s{number}", "is bad"))
             continue
         return number
     return samples
@@ -422,14 +424,14 @@ def test_a_budget_is_a_count_or_a_share(most: int | float, samples: int, allowed
 def test_where_the_length_is_not_known_the_share_is_of_those_so_far_but_of_a_hundred_at_least() -> None:
     budget = Budget(0.05, None)
     assert skipped_until(budget, 50) == 5
-    budget.check(10, Skipped(199, "s199", "is bad"))
+    budget.check(10, Skipped(0, 199, "s199", "is bad"))
     with pytest.raises(TooManyBadSamples, match=r"s198: 10 bad samples in this epoch are more than 5.0% of 199"):
-        budget.check(10, Skipped(198, "s198", "is bad"))
+        budget.check(10, Skipped(0, 198, "s198", "is bad"))
 
 
 def test_the_error_tells_the_file_the_budget_and_the_reason() -> None:
     with pytest.raises(TooManyBadSamples) as caught:
-        Budget(2, 20).check(3, Skipped(7, "a.png", "is no image"))
+        Budget(2, 20).check(3, Skipped(0, 7, "a.png", "is no image"))
     assert str(caught.value) == "a.png: 3 bad samples in this epoch are more than 2; this one is no image"
 
 

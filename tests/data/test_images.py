@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import subprocess
 import sys
-import tarfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -31,8 +29,6 @@ from asynctrain.errors import DecodeError
 
 RGB = ImageSettings((4, 6), 3)
 GREY = ImageSettings((4, 6), 1)
-
-SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later have it
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -621,17 +617,6 @@ def test_settings_survive_json() -> None:
     settings = ImageSettings((28, 32), 1, "fit", max_pixels=1000, fill=255, exact=True, decoder="imagecodecs")
     assert ImageSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
     assert settings.shape == (28, 32, 1)
-
-
-@pytest.fixture(scope="session")
-def odd_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pack = Path(os.environ.get("ASYNCTRAIN_DATA", "/nonexistent")) / "odd_images.tar.xz"
-    if not pack.exists():
-        pytest.skip("ASYNCTRAIN_DATA names no folder with odd_images.tar.xz")
-    folder = tmp_path_factory.mktemp("odd")
-    with tarfile.open(pack) as tar:
-        tar.extractall(folder, **SAFELY)  # type: ignore[arg-type]  # noqa: S202 - a pack of our own
-    return folder / "odd_images"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

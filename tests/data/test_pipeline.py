@@ -110,7 +110,7 @@ async def test_items_pass_the_stages_in_their_order() -> None:
     assert await collect(pipeline) == [[0, -2, -4], [-6, -8, -10], [-12]]
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     items=st.lists(st.integers(), max_size=40),
     stages=st.lists(
@@ -217,7 +217,7 @@ async def test_a_feed_hands_on_its_items_and_its_error() -> None:
 async def test_a_pipeline_can_be_opened_again_and_twice_at_once() -> None:
     pipeline = Pipeline(range(30)).filter(is_even, concurrency=2).map(double, concurrency=4).map(operator.neg)
     both = await asyncio.gather(collect(pipeline), collect(pipeline))
-    assert both == [[-item for item in range(0, 60, 4)]] * 2
+    assert list(both) == [[-item for item in range(0, 60, 4)]] * 2
     in_pairs = pipeline.batch(2)
     async with in_pairs.open() as first, in_pairs.open() as second:
         mixed = [await anext(stream) for _ in range(8) for stream in (first, second)]
@@ -235,16 +235,12 @@ def test_each_method_leaves_the_pipeline_it_is_called_on_as_it_is() -> None:
 # Executors
 
 
-async def test_functions_run_in_processes_of_the_pipelines_own_that_are_gone_afterwards() -> None:
+async def test_functions_and_predicates_run_in_processes_of_the_pipelines_own_that_are_gone_afterwards() -> None:
     shared = shared_memory()
-    pipeline = Pipeline(range(6)).map(math.factorial, concurrency=2, executor="processes").filter(is_odd)
-    assert await collect(pipeline) == [1, 1]
+    pipeline = Pipeline(range(6)).filter(operator.truth, executor="processes")
+    pipeline = pipeline.map(math.factorial, concurrency=2, executor="processes")
+    assert await collect(pipeline) == [1, 2, 6, 24, 120]
     assert shared_memory() == shared
-
-
-async def test_a_predicate_can_run_in_a_process() -> None:
-    kept = Pipeline([0, 1, 2]).filter(operator.truth, executor="processes")
-    assert await collect(kept) == [1, 2]
 
 
 async def test_an_executor_of_the_users_own_is_used_and_left_alone() -> None:
@@ -478,7 +474,7 @@ async def test_leaving_early_leaves_no_thread_and_no_task(ordered: bool) -> None
 async def test_cancelling_at_any_moment_leaves_no_thread_and_no_task(ordered: bool) -> None:
     pipeline = Pipeline(range(10**6)).map(operator.neg, concurrency=3, ordered=ordered).map(double).batch(3)
     before = asyncio.all_tasks()
-    for turns in [*range(20), 40, 80, 160]:
+    for turns in [*range(12), 40, 80]:
         task = asyncio.create_task(collect(pipeline))
         for _ in range(turns):
             await asyncio.sleep(0)
