@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -477,3 +478,12 @@ def _logged(log: list[str], function: Callable[[], None]) -> Callable[[], None]:
         function()
 
     return stop
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of single threads")
+async def test_the_threads_of_a_pool_stand_back_for_the_loop() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async with thread_pool(1, "test") as threads:
+        assert await asyncio.get_running_loop().run_in_executor(threads, priority) > priority()

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Literal, Self, TypeVar, overload
 
-from asynctrain._aio import in_thread
+from asynctrain._aio import in_thread, step_back
 from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError
 from asynctrain.executors.base import Session
 from asynctrain.executors.blas import find_blas, one_blas_thread
@@ -271,7 +271,7 @@ class ThreadExecutor(_LocalExecutor):
             raise ValueError(f"split must be 'auto', 'microbatches' or 'layers', got {split!r}")
         self._workers = workers or usable_cpus()
         self._split: Split = split
-        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="asynctrain-kernel")
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="asynctrain-kernel", initializer=step_back)
         super().__init__(f"threads:{self._workers}")
 
     def _session(self, program: Program) -> _ThreadSession:

@@ -187,7 +187,8 @@ async def test_the_good_samples_are_delivered_in_full_batches_and_the_bad_ones_l
             before = tuple(position for position in case.skipped(epoch) if position < group[-1])
             assert batch.cursor.position == group[-1] + 1
             assert batch.cursor.skipped == before
-    assert [sample.position for sample in skipped] == [p for epoch in range(epochs) for p in case.skipped(epoch)]
+    listed = [(sample.epoch, sample.position) for sample in skipped]
+    assert listed == [(epoch, position) for epoch in range(epochs) for position in case.skipped(epoch)]
 
 
 @settings(max_examples=15)
