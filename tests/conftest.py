@@ -9,6 +9,7 @@ import inspect
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,11 @@ def nothing_left(warm_loops: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def warm_loops() -> None:
-    """Let the loops open what they keep for the life of the process: libuv has a pipe of its own."""
+    """Let the loops, and Python, open what they keep for the life of the process.
+
+    libuv has a pipe of its own, and multiprocessing a process that clears up shared memory should ours be killed.
+    """
+    resource_tracker.ensure_running()
     for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
         with asyncio.Runner(loop_factory=factory, debug=True) as runner:
             runner.run(asyncio.to_thread(os.getpid))

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
 
 import pytest
 
@@ -25,12 +24,6 @@ from asynctrain._aio import (
     thread_pool,
     unwrapped,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def resource_tracker_runs() -> None:
-    """Start Python's own helper process for spawned children; it stays for the life of the program."""
-    resource_tracker.ensure_running()
 
 
 async def through_stages(

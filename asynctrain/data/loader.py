@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 import aiofiles.os
 import numpy as np
 
-from asynctrain._aio import Failure, Flow, Meter, in_thread, thread_pool, unwrapped
+from asynctrain._aio import Failure, Flow, Meter, in_thread, thread_pool
 from asynctrain.arena import Array
 from asynctrain.data.augment import Augmentation, Mixing
 from asynctrain.data.batching import (
@@ -177,14 +177,11 @@ class _Opening:
         """Be the last stage: hand on a batch whenever its last chunk has arrived."""
         async for chunk in arriving(inbox, meter):
             if isinstance(chunk, Failure):
-                return await hand_on(chunk, outbox, meter)
+                await hand_on(chunk, outbox, meter)
+                return
             if chunk.closes:
-                try:
-                    for pieces in assembler.add(chunk.slab):
-                        await hand_on(await self._batch(pieces, threads), outbox, meter)
-                except Exception as error:
-                    return await hand_on(Failure(error), outbox, meter)
-        return None
+                for pieces in assembler.add(chunk.slab):
+                    await hand_on(await self._batch(pieces, threads), outbox, meter)
 
     async def _batch(self, pieces: Pieces, threads: ThreadPoolExecutor) -> Batch:
         if self.mix is not None:
@@ -449,20 +446,25 @@ class _Moving:
         work: ReadChunk = await self._read(chunk)
         fetched = [row for row in np.flatnonzero(work.missing).tolist() if work.contents[row] is None]
         if fetched:
-            with unwrapped():
-                async with asyncio.TaskGroup() as tasks:
-                    for row in fetched:
-                        tasks.create_task(self._fetch(work, row), name=f"fetch-{chunk.slab.start + chunk.start + row}")
+            async with asyncio.TaskGroup() as tasks:
+                fetching = [tasks.create_task(self._fetch(work, row), name=f"fetch-{row}") for row in fetched]
+            for row, task in zip(fetched, fetching, strict=True):  # in order: the first bad one is told
+                error = task.result()
+                if isinstance(error, DataError):
+                    self._work.leave_out(work, row, error)
+                elif error is not None:
+                    raise error
         return work
 
-    async def _fetch(self, work: ReadChunk, row: int) -> None:
+    async def _fetch(self, work: ReadChunk, row: int) -> Exception | None:
         source = work.records[row].source
         assert is_async(source)  # noqa: S101 - others have been read
         try:
             async with self._places:
                 work.contents[row] = await self._connections.fetch(source)
-        except DataError as error:
-            self._work.leave_out(work, row, error)
+        except Exception as error:
+            return error
+        return None
 
     async def decode(self, work: ReadChunk) -> Chunk:
         seconds = await self._decoding.decode(work)

@@ -186,6 +186,7 @@ class Run:
         job = self._job
         if job.folder:
             await job.folder.flush()
+        if job.folder and self._state.step:
             await job.folder.save(Classifier.from_state(job.model, self._state, classes=job.loader.classes))
 
     def _publish(self, event: Event) -> None:

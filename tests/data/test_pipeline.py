@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ from hypothesis import strategies as st
 from asynctrain._aio import Failure, Flow, Meter
 from asynctrain.data.pipeline import Pipeline, arriving, hand_on
 from asynctrain.errors import ClosedError, ExecutorError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def resource_tracker_runs() -> None:
-    """Start Python's own helper process for spawned children; it stays for the life of the program."""
-    resource_tracker.ensure_running()
 
 
 async def collect(pipeline: Pipeline[Any]) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Set
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -313,12 +312,6 @@ async def test_a_resumed_stream_ends_with_the_error_that_the_uninterrupted_one_e
 
 
 # Files
-
-
-@pytest.fixture(scope="module", autouse=True)
-def resource_tracker_runs() -> None:
-    """Start Python's own helper process for spawned children; it stays for the life of the program."""
-    resource_tracker.ensure_running()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import asynctrain as at
 from asynctrain.errors import DecodeError, DivergenceError
@@ -121,15 +122,22 @@ async def test_a_run_goes_on_from_a_state_to_the_bits_of_one_that_never_stopped(
     assert [epoch.loss for epoch in rest.epochs] == [epoch.loss for epoch in whole.epochs[1:]]
 
 
-async def test_two_runs_at_once_on_one_executor_have_the_bits_they_have_alone(
-    model: at.Model, loader: at.Loader
+@pytest.mark.parametrize("epochs", [(1, 3), (3, 1)], ids=["first ends first", "second ends first"])
+async def test_two_runs_at_once_on_one_executor_have_the_bits_they_have_alone_and_give_blas_its_threads_back(
+    model: at.Model, loader: at.Loader, epochs: tuple[int, int]
 ) -> None:
+    before = blas_threads()
     async with at.ThreadExecutor(2) as executor:
-        alone = [await trainer(model, executor, seed=s).fit(loader, epochs=e) for s, e in ((1, 1), (2, 3))]
+        alone = [await trainer(model, executor, seed=s).fit(loader, epochs=n) for s, n in enumerate(epochs)]
         both = await asyncio.gather(
-            *(trainer(model, executor, seed=s).fit(loader, epochs=e) for s, e in ((1, 1), (2, 3)))
+            *(trainer(model, executor, seed=s).fit(loader, epochs=n) for s, n in enumerate(epochs))
         )
+        assert blas_threads() == before
     assert [history.state.digest() for history in both] == [history.state.digest() for history in alone]
+
+
+def blas_threads() -> list[int]:
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
 async def test_what_the_user_is_handed_is_read_only_and_his_own(model: at.Model, loader: at.Loader) -> None:
