@@ -235,7 +235,7 @@ class Loader(_Opening):
         prefetch: finished batches that wait for the caller, 1 or more.
         threads: images decoded at once, 1 or more; by default the number of CPUs, at most 4. Photos gain nearly that
             factor. Images of less than 4 KiB are decoded by one thread at a time in any case: Pillow spends most of
-            their time under the GIL, and two threads were slower than one (50 and 32 us per 28x28 PNG).
+            their time under the GIL, and two threads were slower than one.
         executor: where images are decoded: on ``"threads"``, in as many ``"processes"`` (they are spawned, so a script
             needs its main guard), or ``"auto"``: processes where a measurement of the first chunk shows that a second
             thread gains little, and an epoch has enough to do for it.
