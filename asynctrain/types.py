@@ -9,7 +9,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from asynctrain.arena import Arena, Array, Shape
+import numpy as np
+
+from asynctrain.arena import Arena, Array, Layout, Shape
 
 Params = Mapping[str, Array]
 JSON = Mapping[str, Any]
@@ -229,11 +231,13 @@ def _nothing() -> None:
 class GradientResult:
     """Gradients of the summed loss over one microbatch, per parameter, and the sums themselves.
 
-    ``release()`` hands the arrays back to the session that made them; they must not be read afterwards.
+    ``statistics`` are what the layers' running statistics are made of, sums over the samples in float64. ``release()``
+    hands the arrays back to the session that made them; they must not be read afterwards.
     """
 
     gradients: Arena
     sums: Sums
+    statistics: Arena = field(default_factory=Layout({}, np.dtype(np.float64)).empty)
     release: Callable[[], None] = _nothing
 
 

@@ -33,12 +33,14 @@ class _LocalSession(ABC):
         self._address = address
         self._worker = GradientWorker(program)
         self._params: Params = {}
+        self._model_state: Params = {}
         self._version: int | None = None
         self._closed = False
 
     async def broadcast(self, params: Params, model_state: Params, version: int) -> None:
         self._require_open()
         self._params = params
+        self._model_state = model_state
         self._version = version
 
     @overload
@@ -76,7 +78,7 @@ class _InlineSession(_LocalSession):
 
     async def _forward(self, work: ForwardWork) -> ForwardResult:
         await asyncio.sleep(0)
-        return self._worker.forward(self._params, work, StopFlag())
+        return self._worker.forward(self._params, self._model_state, work, StopFlag())
 
     async def _gradients(self, work: GradientWork) -> GradientResult:
         await asyncio.sleep(0)
@@ -166,7 +168,8 @@ class _ThreadSession(_LocalSession):
 
     async def _forward(self, work: ForwardWork) -> ForwardResult:
         stop = StopFlag()
-        return await self._result(self._submit(stop, partial(self._worker.forward, self._params, work, stop)), stop)
+        compute = partial(self._worker.forward, self._params, self._model_state, work, stop)
+        return await self._result(self._submit(stop, compute), stop)
 
     async def _gradients(self, work: GradientWork) -> GradientResult:
         stop = StopFlag()

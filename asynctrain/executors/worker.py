@@ -54,10 +54,11 @@ def _call(job: Job) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """The arrays of one microbatch in work: what its pass may scribble on, and its gradient sums."""
+    """The arrays of one microbatch in work: what its pass may scribble on, its gradient sums and its statistics."""
 
     workspace: Workspace
     gradients: Arena
+    statistics: Arena
 
 
 class GradientWorker:
@@ -98,18 +99,20 @@ class GradientWorker:
             check=stop.check,
             emit=lambda job: emit(_quiet(job)),
             gradients=bench.gradients,
+            statistics=bench.statistics,
         )
         outputs, saved = self._model.forward(params, self._normalized(work.images, scope), scope)
         loss = self._loss(outputs, work.labels, out=scope.empty("loss", outputs.shape, outputs.dtype))
         self._model.backward(params, saved, loss.gradient, scope)
-        return GradientResult(bench.gradients, _sums(loss, work.labels), partial(self._benches.append, bench))
+        release = partial(self._benches.append, bench)
+        return GradientResult(bench.gradients, _sums(loss, work.labels), bench.statistics, release)
 
     @_quiet
-    def forward(self, params: Params, work: ForwardWork, stop: StopFlag) -> ForwardResult:
-        """Compute the model's outputs, and the loss sums where there are labels."""
+    def forward(self, params: Params, state: Params, work: ForwardWork, stop: StopFlag) -> ForwardResult:
+        """Compute the model's outputs with its running statistics, and the loss sums where there are labels."""
         check_one_blas_thread()
         bench = self._take_bench()
-        scope = Scope(bench.workspace, train=False, check=stop.check)
+        scope = Scope(bench.workspace, train=False, check=stop.check, state=state)
         outputs, _ = self._model.forward(params, self._normalized(work.images, scope), scope)
         outputs = outputs.copy()  # the bench is about to be used again
         self._benches.append(bench)
@@ -121,7 +124,7 @@ class GradientWorker:
         try:
             return self._benches.pop()
         except IndexError:
-            return _Bench(Workspace(), self._layout.empty())
+            return _Bench(Workspace(), self._layout.empty(), self._model.statistics_layout.empty())
 
     def _normalized(self, images: Array, scope: Scope) -> Array:
         """Return ``(pixel / 255 - mean) / std`` in the program's dtype."""

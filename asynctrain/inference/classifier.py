@@ -41,6 +41,8 @@ class Trained(Protocol):
     def program(self) -> Program: ...  # noqa: D102
     @property
     def params(self) -> Params: ...  # noqa: D102
+    @property
+    def model_state(self) -> Params: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,17 @@ class Classifier:
     Args:
         program: architecture, input normalisation and dtype.
         params: of the program's model; copied.
+        model_state: the running statistics of its layers; copied.
         classes: the names of the outputs 0, 1, ...
         settings: how an image is decoded and resized.
     """
 
-    def __init__(self, program: Program, params: Params, classes: Sequence[str], settings: ImageSettings) -> None:
+    def __init__(
+        self, program: Program, params: Params, model_state: Params, classes: Sequence[str], settings: ImageSettings
+    ) -> None:
         self._program = program
         self._params = Arena.of(params, program.dtype).read_only()
+        self._model_state = Arena.of(model_state, np.float64).read_only()
         self._settings = settings
         self._worker = GradientWorker(program)
         self.classes = tuple(classes)
@@ -86,7 +92,8 @@ class Classifier:
                 f"classes must be 1 to {model.output_shape[0]} names, as the model has outputs; got {len(classes)}"
             )
         height, width, channels = model.input_shape
-        return cls(state.program, state.params, classes, settings or ImageSettings((height, width), channels))
+        settings = settings or ImageSettings((height, width), channels)
+        return cls(state.program, state.params, state.model_state, classes, settings)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -101,7 +108,9 @@ class Classifier:
             "classes": self.classes,
             "images": asdict(self._settings),
         }
-        write_whole(Path(path), save_tensors(dict(self._params), metadata={"asynctrain": json.dumps(about)}))
+        write_whole(
+            Path(path), save_tensors({**self._params, **self._model_state}, metadata={"asynctrain": json.dumps(about)})
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Classifier:
@@ -115,26 +124,28 @@ class Classifier:
         try:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads((file.metadata() or {}).get("asynctrain", "{}"))
-                params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(path, "this is no whole safetensors file") from error
         if about.get("format") != FORMAT:
             raise CheckpointError(path, f"this is no model file of asynctrain ({FORMAT})")
-        return cls._restored(path, about, params)
+        return cls._restored(path, about, arrays)
 
     @classmethod
-    def _restored(cls, path: str, about: dict[str, Any], params: Params) -> Classifier:
+    def _restored(cls, path: str, about: dict[str, Any], arrays: Params) -> Classifier:
         try:
             program = Program.from_json(about["program"])
-            layout = Model.from_json(program.architecture).layout(program.dtype)
+            model = Model.from_json(program.architecture)
             settings = ImageSettings(**{**about["images"], "size": tuple(about["images"]["size"])})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(path, f"the model's description cannot be used: {error}") from error
-        found = {name: array.shape for name, array in params.items()}
-        if found != dict(layout.shapes):
-            differing = sorted({*found.items()} ^ {*layout.shapes.items()})
+        params, state = model.layout(program.dtype).shapes, model.state_layout.shapes
+        found, wanted = {name: array.shape for name, array in arrays.items()}, {**params, **state}
+        if found != wanted:
+            differing = sorted({*found.items()} ^ {*wanted.items()})
             raise CheckpointError(path, f"the weights do not fit the architecture: {differing[:4]}")
-        return cls(program, {name: params[name] for name in layout.shapes}, about["classes"], settings)
+        own_params, own_state = ({name: arrays[name] for name in names} for names in (params, state))
+        return cls(program, own_params, own_state, about["classes"], settings)
 
     @overload
     async def predict(  # type: ignore[overload-overlap] # see Images
@@ -175,7 +186,7 @@ class Classifier:
         if tuple(data.classes) != self.classes:
             raise ValueError(f"the model knows the classes {self.classes}, the data has {tuple(data.classes)}")
         async with executor.open(self._program) as session:
-            await session.broadcast(self._params, {}, 0)
+            await session.broadcast(self._params, self._model_state, 0)
             return await evaluate(session, 0, data, microbatch)
 
     async def _predictions(self, images: Images, top_k: int, executor: Executor | None) -> list[Prediction]:
@@ -193,13 +204,15 @@ class Classifier:
         else:
             work = ForwardWork(await in_thread(self._decode, images))
             async with executor.open(self._program) as session:
-                await session.broadcast(self._params, {}, 0)
+                await session.broadcast(self._params, self._model_state, 0)
                 logits = (await session.compute(work, 0)).outputs
         return softmax(logits[:, : len(self.classes)].astype(np.float64))
 
     def _decode_and_forward(self, images: Images, stop: StopFlag) -> Array:
         with one_blas_thread(find_blas()):
-            return self._worker.forward(self._params, ForwardWork(self._decode(images)), stop).outputs
+            return self._worker.forward(
+                self._params, self._model_state, ForwardWork(self._decode(images)), stop
+            ).outputs
 
     def _decode(self, images: Images) -> Array:
         batch = np.empty((len(images), *self.image_shape), np.uint8)

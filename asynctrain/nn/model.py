@@ -12,6 +12,7 @@ import numpy.typing as npt
 from asynctrain.arena import Arena, Array, Layout, Shape
 from asynctrain.nn import initializers
 from asynctrain.nn.layers import Layer, Parameter, Sequential, layer_from_json
+from asynctrain.nn.layers.containers import Within
 from asynctrain.nn.scope import Scope
 from asynctrain.randomness import Purpose, generator
 from asynctrain.types import JSON, Params
@@ -34,6 +35,7 @@ class Model:
         leaves: the paths of all leaf layers, in the order of the forward pass.
         parameters: what each parameter is, by its name ``path/local name``, in that order.
         layers_with_parameters: the paths of the layers that have parameters, each with its parameters' names.
+        state: what each running statistic is, by its name ``path/local name``.
 
     Raises:
         ValueError: a layer does not fit what comes before it; the message names it.
@@ -52,6 +54,21 @@ class Model:
             if (names := tuple(f"{placed.path}/{name}" for name in placed.layer.parameters(placed.input_shape)))
         }
 
+        self.state: Mapping[str, Parameter] = {
+            f"{placed.path}/{name}": wanted
+            for placed in self._placed
+            for name, wanted in placed.layer.state(placed.input_shape).items()
+        }
+        self.state_layout = Layout({name: wanted.shape for name, wanted in self.state.items()}, np.dtype(np.float64))
+        self.statistics_layout = Layout(
+            {
+                f"{placed.path}/{name}": shape
+                for placed in self._placed
+                for name, shape in placed.layer.statistics(placed.input_shape).items()
+            },
+            np.dtype(np.float64),
+        )
+
     def layout(self, dtype: npt.DTypeLike = "float32") -> Layout:
         """Return the layout of an arena that holds the parameters, or their gradients."""
         return Layout({name: parameter.shape for name, parameter in self.parameters.items()}, np.dtype(dtype))
@@ -63,6 +80,27 @@ class Model:
             draw = initializers.get(parameter.initializer)
             arena[name][...] = draw(parameter.shape, generator(seed, Purpose.INIT, index))
         return arena
+
+    def init_state(self) -> Arena:
+        """Return the layers' running statistics, float64, as they are before the first step."""
+        arena = self.state_layout.empty()
+        for index, (name, wanted) in enumerate(self.state.items()):
+            arena[name][...] = initializers.get(wanted.initializer)(wanted.shape, generator(0, Purpose.INIT, index))
+        return arena
+
+    def fold(self, state: Params, statistics: Params, samples: int, out: Params) -> None:
+        """Write into ``out`` the running statistics after a step.
+
+        Args:
+            state: before the step.
+            statistics: of the step's microbatches, added up in their order.
+            samples: in the step.
+            out: of the state's layout; may be ``state`` itself.
+        """
+        for placed in self._placed:
+            if placed.layer.state(placed.input_shape):
+                before, sums, after = (Within(arrays, placed.path) for arrays in (state, statistics, out))
+                placed.layer.fold(before, sums, samples, after)
 
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, Any]:
         """Return the outputs, and what ``backward`` wants saved; both are good until the workspace serves another pass.

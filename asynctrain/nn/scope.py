@@ -73,9 +73,22 @@ class Scope:
         emit: takes the job that computes one layer's weight gradient. It may run the job later, in any order and in
             another thread while the pass goes on, but before the workspace serves another pass.
         gradients: where weight gradients are written, one array per parameter.
+        state: the layers' running statistics, which a pass that predicts uses.
+        statistics: where a pass of training writes what the running statistics are made of.
     """
 
-    __slots__ = ("_children", "_gradients", "_prefix", "_rng", "_workspace", "check", "emit", "train")
+    __slots__ = (
+        "_children",
+        "_gradients",
+        "_prefix",
+        "_rng",
+        "_state",
+        "_statistics",
+        "_workspace",
+        "check",
+        "emit",
+        "train",
+    )
 
     def __init__(
         self,
@@ -86,6 +99,8 @@ class Scope:
         check: Callable[[], None] = _nothing,
         emit: Callable[[Job], None] = _at_once,
         gradients: Params | None = None,
+        state: Params | None = None,
+        statistics: Params | None = None,
     ) -> None:
         self.train = train
         self.check = check
@@ -93,6 +108,8 @@ class Scope:
         self._workspace = workspace
         self._rng = rng
         self._gradients = gradients
+        self._state = state
+        self._statistics = statistics
         self._prefix = ""
         self._children: dict[str, Scope] = {}
 
@@ -107,6 +124,8 @@ class Scope:
                 check=self.check,
                 emit=self.emit,
                 gradients=self._gradients,
+                state=self._state,
+                statistics=self._statistics,
             )
             child._prefix = f"{self._prefix}{name}/"
         return child
@@ -131,6 +150,18 @@ class Scope:
         if self._gradients is None:
             raise ValueError("gradients must be given to a scope in which weight gradients are computed")
         return self._gradients[self._prefix + name]
+
+    def state(self, name: str) -> Array:
+        """Return the layer's running statistic ``name``, float64, to be read."""
+        if self._state is None:
+            raise ValueError(f"state must be given to a scope in which {self.path or 'a layer'} predicts")
+        return self._state[self._prefix + name]
+
+    def statistic(self, name: str) -> Array:
+        """Return the array, float64, that the layer's sum ``name`` over this pass's samples is written into."""
+        if self._statistics is None:
+            raise ValueError(f"statistics must be given to a scope in which {self.path or 'a layer'} is trained")
+        return self._statistics[self._prefix + name]
 
     def __repr__(self) -> str:
         return f"<Scope {self.path or 'of the model'}, {'training' if self.train else 'predicting'}>"

@@ -123,7 +123,7 @@ class Run:
             job.executor.open(state.program) as session,
             job.loader.open(state.cursor, epochs=job.epochs) as batches,
         ):
-            step = TrainStep(session, job.optimizer, job.microbatch, threads)
+            step = TrainStep(job.model, session, job.optimizer, job.microbatch, threads)
             self._state = await step.begin(state)
             self._publish(self._start_event())
             async for batch in batches:

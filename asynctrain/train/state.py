@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from asynctrain.arena import Arena, digest
-from asynctrain.types import Cursor, Params, Program, Sums
+import numpy as np
+
+from asynctrain.arena import Arena, Layout, digest
+from asynctrain.types import Cursor, Program, Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class TrainState:
         program: what the workers computed with.
         params: "conv1/weight" -> array.
         optimizer_state: slot -> arrays named as the parameters ("mu" -> "conv1/weight" -> array).
-        model_state: the layers' running statistics.
+        model_state: the layers' running statistics ("norm1/mean" -> array), float64.
         step: how many steps were applied.
         cursor: the place just after the last batch that was applied.
         sums: loss and metrics of the epoch so far.
@@ -26,7 +28,7 @@ class TrainState:
     program: Program
     params: Arena
     optimizer_state: Mapping[str, Arena]
-    model_state: Params = field(default_factory=dict)
+    model_state: Arena = field(default_factory=Layout({}, np.dtype(np.float64)).empty)
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     sums: Sums = field(default_factory=Sums)
@@ -45,7 +47,7 @@ class TrainState:
 
     def _with_arrays(self, of: Callable[[Arena], Arena]) -> TrainState:
         optimizer_state = {slot: of(arena) for slot, arena in self.optimizer_state.items()}
-        return replace(self, params=of(self.params), optimizer_state=optimizer_state)
+        return replace(self, params=of(self.params), model_state=of(self.model_state), optimizer_state=optimizer_state)
 
     def __repr__(self) -> str:
         return f"<TrainState step {self.step}, epoch {self.cursor.epoch} at {self.cursor.position}, {self.params!r}>"

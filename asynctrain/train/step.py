@@ -16,6 +16,7 @@ import numpy as np
 from asynctrain.arena import Arena
 from asynctrain.errors import DivergenceError
 from asynctrain.executors.base import Session
+from asynctrain.nn.model import Model
 from asynctrain.optim.apply import update_into
 from asynctrain.optim.transforms import Optimizer
 from asynctrain.train.state import TrainState
@@ -60,13 +61,17 @@ class TrainStep:
     one is made, and a step that fails or is cancelled has changed nothing.
 
     Args:
+        model: that is trained.
         session: where gradients are computed.
         optimizer: a pair of pure functions.
         microbatch: the largest number of samples in one piece of work, at least 1.
         threads: where the layers of a large model are reduced and updated, each part a job.
     """
 
-    def __init__(self, session: Session, optimizer: Optimizer, microbatch: int, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, model: Model, session: Session, optimizer: Optimizer, microbatch: int, threads: ThreadPoolExecutor
+    ) -> None:
+        self._model = model
         self._session = session
         self._optimizer = optimizer
         self._microbatch = microbatch
@@ -76,6 +81,7 @@ class TrainStep:
         """Return ``state`` in arrays of this object's own, broadcast and ready for the first step."""
         self._parts = _parts(state.params)
         self._gradients = state.params.layout.empty()
+        self._statistics = self._model.statistics_layout.empty()
         self._spare = state.writable_copy()
         state = state.writable_copy()
         await self._session.broadcast(state.params, state.model_state, state.step)
@@ -94,9 +100,11 @@ class TrainStep:
         if not math.isfinite(sums.loss) or not math.isfinite(sum(squares)):
             raise DivergenceError(state.step + 1, sums.mean_loss)
         await self._for_each_part(partial(self._update, state, 1.0 / sums.weight))
+        self._model.fold(state.model_state, self._statistics, sums.samples, self._spare.model_state)
         following = replace(
             state,
             params=self._spare.params,
+            model_state=self._spare.model_state,
             optimizer_state=self._spare.optimizer_state,
             step=state.step + 1,
             cursor=batch.cursor,
@@ -106,7 +114,7 @@ class TrainStep:
         return following, sums
 
     async def _reduced_gradients(self, state: TrainState, batch: Batch) -> Sums:
-        """Leave the batch's summed gradients in ``self._gradients``.
+        """Leave the batch's summed gradients and statistics in ``self._gradients`` and ``self._statistics``.
 
         Each microbatch waits for its turn to be added, so the order of additions is the order of microbatches whichever
         is computed first. The tasks are gathered because cancelling a gather cancels all of them in the same call.
@@ -126,6 +134,10 @@ class TrainStep:
         result = await self._session.compute(work, version=work.step)
         await turn.wait()
         await self._for_each_part(partial(self._add, result, work.microbatch == 0))
+        if work.microbatch == 0:
+            self._statistics.assign(result.statistics)
+        else:
+            self._statistics.vector += result.statistics.vector
         result.release()
         following.set()
         return result.sums

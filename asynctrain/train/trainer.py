@@ -74,7 +74,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """Return the state before the first step."""
         params = self._model.init(self._program.seed, self._program.dtype)
-        return TrainState(self._program, params, initial_state(self._optimizer, params))
+        return TrainState(self._program, params, initial_state(self._optimizer, params), self._model.init_state())
 
     async def fit(
         self,

@@ -59,7 +59,7 @@ def test_the_gradient_is_the_slope_of_the_loss() -> None:
 
 def test_sums_tell_loss_weight_samples_and_hits() -> None:
     worker = GradientWorker(PROGRAM)
-    result = worker.forward(PARAMS, ForwardWork(IMAGES, LABELS), StopFlag())
+    result = worker.forward(PARAMS, {}, ForwardWork(IMAGES, LABELS), StopFlag())
     shifted = result.outputs - result.outputs.max(axis=1, keepdims=True)
     log_likelihood = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(result.sums.loss, -log_likelihood[np.arange(6), LABELS].sum(), rtol=1e-12)
@@ -73,7 +73,7 @@ def test_pixels_are_normalized_as_the_program_says() -> None:
     params["dense1/weight"][...] = [[1.0, 0.0]]
     params["dense1/bias"][...] = 0
     worker = GradientWorker(Program(linear.to_json(), normalization=Normalization(0.1, 0.2), dtype="float64"))
-    outputs = worker.forward(params, ForwardWork(np.array([[[[51]]]], np.uint8)), StopFlag()).outputs
+    outputs = worker.forward(params, {}, ForwardWork(np.array([[[[51]]]], np.uint8)), StopFlag()).outputs
     np.testing.assert_allclose(outputs[0, 0], (51 / 255 - 0.1) / 0.2, rtol=1e-12)
 
 
@@ -108,4 +108,4 @@ def test_released_arrays_serve_the_next_work_and_others_are_left_alone() -> None
 @pytest.mark.parametrize("images", [IMAGES.astype(np.float32), IMAGES[:, ::2]])
 def test_images_that_are_no_contiguous_bytes_are_refused(images: Array) -> None:
     with pytest.raises(ValueError, match="images must be C-contiguous uint8, got"):
-        GradientWorker(PROGRAM).forward(PARAMS, ForwardWork(images), StopFlag())
+        GradientWorker(PROGRAM).forward(PARAMS, {}, ForwardWork(images), StopFlag())

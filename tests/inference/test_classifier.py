@@ -25,7 +25,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)
 
 @pytest.fixture
 def classifier() -> at.Classifier:
-    return at.Classifier(Program(MODEL.to_json()), MODEL.init(0), CLASSES, ImageSettings((10, 14), 3))
+    return at.Classifier(Program(MODEL.to_json()), MODEL.init(0), {}, CLASSES, ImageSettings((10, 14), 3))
 
 
 async def test_a_path_bytes_a_pillow_image_and_an_array_give_the_same_prediction(
@@ -74,7 +74,7 @@ async def test_saved_and_loaded_it_predicts_the_same(classifier: at.Classifier, 
 
 async def test_it_keeps_the_weights_it_was_made_with() -> None:
     params = MODEL.init(0)
-    classifier = at.Classifier(Program(MODEL.to_json()), params, CLASSES, ImageSettings((10, 14), 3))
+    classifier = at.Classifier(Program(MODEL.to_json()), params, {}, CLASSES, ImageSettings((10, 14), 3))
     before = await classifier.predict(PIXELS)
     params.vector.fill(0)
     assert await classifier.predict(PIXELS) == before
@@ -130,7 +130,9 @@ def test_a_file_that_is_torn_foreign_or_does_not_fit_is_refused_by_name(
 
 
 def test_weights_of_another_shape_are_refused_by_name(classifier: at.Classifier, tmp_path: Path) -> None:
-    other = at.Classifier(Program(MODEL.to_json()), {"x": np.zeros(3, np.float32)}, CLASSES, ImageSettings((10, 14), 3))
+    other = at.Classifier(
+        Program(MODEL.to_json()), {"x": np.zeros(3, np.float32)}, {}, CLASSES, ImageSettings((10, 14), 3)
+    )
     other.save(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="the weights do not fit the architecture"):
         at.Classifier.load(tmp_path / "other.safetensors")

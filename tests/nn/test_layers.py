@@ -267,7 +267,7 @@ def test_a_registered_layer_of_ones_own_works_in_a_model_and_in_json() -> None:
         with pytest.raises(ValueError, match="kind must be a name that no other layer has, got 'test_scale'"):
             register_layer("test_scale")(Scale)
     finally:
-        del layers._KINDS["test_scale"]
+        del layers.base._KINDS["test_scale"]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ async def test_steps_are_those_of_gradient_descent(size: int, threads: ThreadPoo
     start = fresh(model, optimizer)
     weight, bias = start.params["dense1/weight"].copy(), start.params["dense1/bias"].copy()
     async with InlineExecutor() as executor, executor.open(start.program) as session:
-        step = TrainStep(session, optimizer, 5, threads)
+        step = TrainStep(model, session, optimizer, 5, threads)
         state = await step.begin(start)
         for _ in range(3):
             data = batch(23, size, 6)
@@ -99,7 +99,7 @@ async def test_large_models_have_the_same_bits_from_threads(threads: ThreadPoolE
     for home in (InlineExecutor(), ThreadExecutor(1), ThreadExecutor(3, split="layers")):
         start = fresh(model, optimizer, "float32")
         async with home as executor, executor.open(start.program) as session:
-            step = TrainStep(session, optimizer, 16, threads)
+            step = TrainStep(model, session, optimizer, 16, threads)
             state = await step.begin(start)
             for _ in range(3):
                 state, _ = await step(state, data)
@@ -112,7 +112,7 @@ async def test_a_step_leaves_the_state_it_began_with_as_it_was(threads: ThreadPo
     optimizer = optim.adam(1e-2)
     start = fresh(model, optimizer)
     async with InlineExecutor() as executor, executor.open(start.program) as session:
-        step = TrainStep(session, optimizer, 5, threads)
+        step = TrainStep(model, session, optimizer, 5, threads)
         before = await step.begin(start)
         digest = before.digest()
         after, _ = await step(before, batch(9, 4, 3))
@@ -152,7 +152,7 @@ async def test_gradients_are_added_in_the_order_of_microbatches_whichever_comes_
     model = nn.models.linear(num_classes=2, image_shape=(1, 1, 1))
     start = fresh(model, optim.sgd(1.0), "float32")
     session = Backwards(start.params)
-    step = TrainStep(session, optim.sgd(1.0), 1, threads)
+    step = TrainStep(model, session, optim.sgd(1.0), 1, threads)
     state = await step.begin(start)
     after, _ = await step(state, batch(4, 1, 2))
     assert session.answered == [3, 2, 1, 0]
@@ -167,7 +167,7 @@ async def test_a_loss_that_is_not_finite_is_an_error_that_tells_the_step(threads
     poisoned = start.writable_copy()
     poisoned.params["dense1/weight"][0, 0] = np.nan
     async with InlineExecutor() as executor, executor.open(start.program) as session:
-        step = TrainStep(session, optimizer, 5, threads)
+        step = TrainStep(model, session, optimizer, 5, threads)
         state = await step.begin(poisoned)
         with pytest.raises(DivergenceError, match="training diverged at step 1: the loss is nan") as caught:
             await step(state, batch(9, 4, 3))
