@@ -16,7 +16,7 @@ class Purpose(IntEnum):
 
     INIT = 1  # place: (index of the parameter,)
     ORDER = 2  # place: (epoch,)
-    AUGMENT = 3  # place: (epoch, position)
+    AUGMENT = 3  # place: (epoch, block of four numbers); within it four numbers a position
     MIX = 4  # place: (epoch, first position of the batch)
     DROPOUT = 5  # place: (step, microbatch, layer)
     SPLIT = 6  # place: ()

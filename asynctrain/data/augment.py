@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import count
 from math import cos, log, pi, radians, sin, tan
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -34,7 +35,8 @@ LUMA = (0.299, 0.587, 0.114)  # what red, green and blue weigh in grey (ITU-R 60
 class Draws:
     """The random numbers of some samples: each call takes the next one of every sample's own stream.
 
-    The k-th call takes what the k-th ``random()`` of ``generator(seed, Purpose.AUGMENT, epoch, position)`` would give.
+    The k-th call takes ``random()`` number ``4 * position + k % 4`` of ``generator(seed, Purpose.AUGMENT, epoch, k //
+    4)``. So neighbours lie side by side there, and one call fetches the numbers of a whole chunk.
     Streams stay in step only if everyone asks for as many numbers whatever the images and the numbers before were: draw
     first, decide then.
 
@@ -44,12 +46,10 @@ class Draws:
         positions: (N,) int64, the samples' positions in the order of the epoch, from 0.
     """
 
-    _AHEAD = 16  # numbers per stream that are fetched in one go: to set up a stream costs as much as a dozen of them
-
     def __init__(self, seed: int, epoch: int, positions: Array) -> None:
-        self._philox = np.random.Philox(key=np.array([require_seed(seed), Purpose.AUGMENT], dtype=np.uint64))
+        self._seed = require_seed(seed)
         self._epoch = epoch
-        self._positions: list[int] = positions.tolist()
+        self._runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)  # of neighbours
         self._numbers = self._fetched()
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Array:
@@ -65,20 +65,17 @@ class Draws:
         return next(self._numbers) < p
 
     def _fetched(self) -> Iterator[Array]:
-        """Yield (N,) float64 in [0, 1), one number of each stream at a time.
+        """Yield (N,) float64 in [0, 1), one number of each stream at a time."""
+        for block in count():
+            yield from np.concatenate([self._of(run, block) for run in self._runs]).T.copy()
 
-        One Philox object serves all streams: its counter is set to the beginning of each, as ``generator`` would.
-        """
-        state: Any = self._philox.state
-        block = 0  # of four numbers, of each stream
-        while True:
-            raw = np.empty((len(self._positions), self._AHEAD), dtype=np.uint64)
-            for stream, position in zip(raw, self._positions, strict=True):
-                state["state"]["counter"][:] = (block, self._epoch, position, 0)
-                self._philox.state = state
-                stream[:] = self._philox.random_raw(self._AHEAD)
-            yield from np.ascontiguousarray((raw >> np.uint64(11)).T) * 2.0**-53  # as Generator.random does
-            block += self._AHEAD // 4
+    def _of(self, run: Array, block: int) -> Array:
+        """Return four numbers of each of the neighbouring positions ``run``, (n, 4)."""
+        if not run.size:
+            return np.empty((0, 4))
+        counter = np.array([run[0], self._epoch, block, 0], np.uint64)
+        philox = np.random.Philox(key=np.array([self._seed, Purpose.AUGMENT], np.uint64), counter=counter)
+        return np.random.Generator(philox).random((len(run), 4))
 
 
 D = TypeVar("D", bound="_Described")

@@ -2,8 +2,9 @@
 
 A chunk is some neighbouring positions of an epoch. Handing work to a thread costs 35-90 us, as much as decoding a
 small image, so it is chunks, not samples, that travel through the queues. A slab is the memory of as many positions as
-a batch has samples; its chunks are decoded into it in place. While every image is good, a slab simply becomes a batch.
-Where some are skipped, batches are put together from the good rows of several slabs, so that they stay full.
+a batch has samples, or several batches where a chunk spans them; its chunks are decoded into it in place. While every
+image is good, its rows simply become batches. Where some are skipped, batches are put together from the good rows of
+several slabs, so that they stay full.
 
 The functions here are synchronous; ``loader`` moves the chunks between threads.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import prod
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,27 +33,32 @@ from asynctrain.types import Batch, Cursor, Record, Skipped
 if TYPE_CHECKING:
     from asynctrain.data.cache import CacheRows
 
-CHUNK_SECONDS = 0.010  # of decoding in a chunk: long against a hop, short against an epoch's end and a cancellation
-CHUNK_LIMIT = 64  # samples
+CHUNK_SECONDS = 0.020  # of work in a chunk: long against a hop, short against an epoch's end and a cancellation
+CHUNK_LIMIT = 512  # samples, or fewer if their pixels take more than
+CHUNK_BYTES = 8 * 2**20
 TINY = 4096  # bytes
 
 
 class ChunkSize:
-    """How many samples a chunk has: a fixed number, or what keeps a thread busy for about 10 ms.
+    """How many samples a chunk has: a fixed number, or what keeps a thread busy for about 20 ms, up to ``limit``.
 
     It decides when work is handed over, never what comes out.
     """
 
     def __init__(self, size: int | None, first: int, limit: int) -> None:
         self.size = size or first
-        self._limit = min(limit, CHUNK_LIMIT)
+        self._limit = limit
         self._fixed = size is not None
 
     def observe(self, samples: int, seconds: float) -> None:
-        """Learn from a chunk of ``samples`` that took ``seconds`` to decode."""
+        """Learn from a chunk of ``samples`` that took ``seconds`` to read and decode."""
         if not self._fixed and samples:
             wanted = CHUNK_SECONDS * samples / max(seconds, 1e-6)
             self.size = max(1, min(self._limit, round((self.size + wanted) / 2)))
+
+    def batches(self, batch_size: int) -> int:
+        """Return how many batches a chunk spans."""
+        return -(-self.size // batch_size)
 
 
 @dataclass(slots=True, eq=False)
@@ -159,7 +166,7 @@ class Plan:
             if epoch >= (cursor.epoch + 1 if epochs is None else epochs):
                 return
             while position < self.samples:
-                stop = min(position + self.batch_size, self.samples)
+                stop = min(position + size.batches(self.batch_size) * self.batch_size, self.samples)
                 yield from Slab(epoch, position, stop - position, stop == self.samples).chunks(size)
                 position = stop
             position = 0
@@ -229,6 +236,7 @@ class ReadChunk:
         indices: (n,) of the records in the dataset, for the cache; their positions where they are of a stream.
         contents: what the rows' sources gave; None where the row is there already, or bad, or still to be fetched.
         missing: (n,) bool, the rows that are not there yet.
+        seconds: that reading took.
     """
 
     chunk: Chunk
@@ -236,6 +244,7 @@ class ReadChunk:
     indices: Array
     contents: list[bytes | Array | None]
     missing: Array
+    seconds: float = 0.0
 
     @property
     def samples(self) -> int:
@@ -266,7 +275,6 @@ class Work:
         settings: of the images.
         augmentation: done to each chunk, or None.
         seed: of the augmentation.
-        skips: whether a bad sample is left out instead of raised.
         cache: of decoded images, or None.
         stopping: asked between two samples; nobody will look at a result that was left off.
     """
@@ -276,16 +284,15 @@ class Work:
     settings: ImageSettings
     augmentation: Augmentation | None
     seed: int
-    skips: bool
     cache: CacheRows | None
     stopping: threading.Event
 
     def read(self, chunk: Chunk) -> ReadChunk:
         """Find the records of a chunk, take from the cache what it has, and read the rest. Blocks.
 
-        Sources that are fetched asynchronously are left to the caller. Raises ``ReadError`` unless samples may be
-        skipped.
+        Sources that are fetched asynchronously are left to the caller; rows that cannot be read are left out.
         """
+        start = perf_counter()
         slab = chunk.slab
         indices, records = self._records(chunk)
         for row, record in enumerate(records, chunk.start):
@@ -301,13 +308,11 @@ class Work:
                     work.contents[row] = source.read()
                 except DataError as error:
                     self.leave_out(work, row, error)
+        work.seconds = perf_counter() - start
         return work
 
     def decode(self, work: ReadChunk) -> Chunk:
-        """Decode a chunk into its slab, remember it in the cache, and augment it. Blocks.
-
-        Raises ``DecodeError`` for the first image that cannot be decoded, unless samples may be skipped.
-        """
+        """Decode a chunk into its slab, remember it in the cache, and augment it; leave out bad images. Blocks."""
         chunk = work.chunk
         images = self.rows(chunk)
         with quiet_pillow():
@@ -354,9 +359,7 @@ class Work:
         return self.cache.get(indices, self.rows(chunk))
 
     def leave_out(self, work: ReadChunk, row: int, error: DataError) -> None:
-        """Leave out a row, counted within the chunk; raises ``error`` where samples may not be skipped."""
-        if not self.skips:
-            raise error
+        """Leave out a row, counted within the chunk; who assembles the batches raises or skips it, in its place."""
         work.chunk.slab.bad[work.chunk.start + row] = error
         work.missing[row] = False
 
@@ -385,6 +388,26 @@ class Budget:
             )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Neighbouring rows of a slab, ``start`` to ``stop - 1``."""
+
+    slab: Slab
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
+
+    def parts(self) -> tuple[Array, Array, list[str]]:
+        """Return their images and labels, as views, and their names."""
+        assert self.slab.images is not None  # noqa: S101 - it is decoded
+        rows = slice(self.start, self.stop)
+        return self.slab.images[rows], self.slab.labels[rows], self.slab.names[rows]
+
+
 Mix = Callable[[Array, Array, int, int], tuple[Array, Array]]
 """(images, labels, epoch, first position) -> (images, soft labels)."""
 
@@ -396,43 +419,54 @@ class Assembler:
         cursor: where the stream was opened.
         batch_size: samples in a batch.
         drop_last: leave out what is left at an epoch's end.
-        budget: of bad samples in an epoch.
+        budget: of bad samples in an epoch; None where the first one is raised.
     """
 
-    def __init__(self, cursor: Cursor, batch_size: int, drop_last: bool, budget: Budget) -> None:
+    def __init__(self, cursor: Cursor, batch_size: int, drop_last: bool, budget: Budget | None) -> None:
         self._cursor = cursor
         self._batch_size = batch_size
         self._drop_last = drop_last
         self._budget = budget
-        self._waiting: list[tuple[Slab, int]] = []  # good rows that are in no batch yet
+        self._waiting: list[Rows] = []  # good rows that are in no batch yet
+        self._missing = batch_size  # how many they lack
         self._skipped = cursor.skipped  # the positions in this epoch
         self._news: list[Skipped] = []  # since the last batch, of the epoch before too
 
     def add(self, slab: Slab) -> Iterator[Pieces]:
         """Take a slab that is decoded and yield the batches that are now complete.
 
-        Raises ``TooManyBadSamples``.
+        Raises the error of a bad sample, or ``TooManyBadSamples``, once the batches before it have been taken.
         """
         if slab.epoch != self._cursor.epoch:
             self._cursor, self._skipped = Cursor(slab.epoch), ()
-        for row in range(slab.size):
-            if row in slab.bad:
-                self._skip(slab, row)
-            else:
-                self._waiting.append((slab, row))
-                if len(self._waiting) == self._batch_size:
-                    yield self._take(slab.start + row + 1, last=slab.ends_epoch and row == slab.size - 1)
+        start = 0
+        for bad in sorted(slab.bad):
+            yield from self._add_good(slab, start, bad)
+            self._skip(slab, bad)
+            start = bad + 1
+        yield from self._add_good(slab, start, slab.size)
         if slab.ends_epoch:
             if self._waiting and not self._drop_last:
                 yield self._take(slab.start + slab.size, last=True)
-            self._waiting = []
+            self._waiting, self._missing = [], self._batch_size
 
     def take_news(self) -> tuple[Skipped, ...]:
         """Return the samples skipped since the last call, or batch."""
         news, self._news = tuple(self._news), []
         return news
 
+    def _add_good(self, slab: Slab, start: int, stop: int) -> Iterator[Pieces]:
+        while start < stop:
+            rows = Rows(slab, start, min(stop, start + self._missing))
+            self._waiting.append(rows)
+            self._missing -= rows.count
+            start = rows.stop
+            if self._missing == 0:
+                yield self._take(slab.start + start, last=slab.ends_epoch and start == slab.size)
+
     def _skip(self, slab: Slab, row: int) -> None:
+        if self._budget is None:
+            raise slab.bad[row]
         skipped = Skipped(slab.epoch, slab.start + row, slab.names[row], slab.bad[row].reason)
         self._skipped += (skipped.position,)
         self._news.append(skipped)
@@ -441,8 +475,9 @@ class Assembler:
     def _take(self, position: int, last: bool) -> Pieces:
         """Return the waiting rows, as the batch after which ``position`` is the next unread one."""
         rows, self._waiting = self._waiting, []
-        before = self._cursor
-        self._cursor = Cursor(before.epoch, position, before.samples + len(rows), before.batches + 1, self._skipped)
+        before, samples = self._cursor, self._batch_size - self._missing
+        self._missing = self._batch_size
+        self._cursor = Cursor(before.epoch, position, before.samples + samples, before.batches + 1, self._skipped)
         cursor = Cursor(before.epoch + 1) if last else self._cursor
         return Pieces(rows, before.epoch, cursor, last, self.take_news())
 
@@ -451,7 +486,7 @@ class Assembler:
 class Pieces:
     """The rows that make up a batch, in order, and what is known of it."""
 
-    rows: list[tuple[Slab, int]]
+    rows: list[Rows]
     epoch: int
     cursor: Cursor
     last: bool
@@ -460,31 +495,23 @@ class Pieces:
     @property
     def first_position(self) -> int:
         """Where in the epoch the batch's first sample is."""
-        slab, row = self.rows[0]
-        return slab.start + row
+        return self.rows[0].slab.start + self.rows[0].start
 
     @property
-    def whole(self) -> Slab | None:
-        """The slab that is the batch as it stands, if there is one: then nothing needs to be copied."""
-        slab = self.rows[0][0]
-        return slab if len(self.rows) == slab.size and all(other is slab for other, _ in self.rows) else None
+    def samples(self) -> int:
+        """How many there are."""
+        return sum(rows.count for rows in self.rows)
 
     def batch(self) -> Batch:
-        """Return the batch; copies where it is of several slabs, or of part of one."""
-        if (slab := self.whole) is not None:
-            assert slab.images is not None  # noqa: S101 - it is decoded
-            size = slab.size
-            images, labels, names = slab.images[:size], slab.labels[:size], tuple(slab.names[:size])
-            return Batch(images, labels, names, self.cursor, self.last, self.skipped)
-        first = self.rows[0][0].images
-        assert first is not None  # noqa: S101 - as above
-        images = aligned_empty((len(self.rows), *first.shape[1:]), np.uint8)
-        for out, (slab, row) in zip(images, self.rows, strict=True):
-            assert slab.images is not None  # noqa: S101 - as above
-            out[...] = slab.images[row]
-        labels = np.array([slab.labels[row] for slab, row in self.rows], np.int64)
-        names = tuple(slab.names[row] for slab, row in self.rows)
-        return Batch(images, labels, names, self.cursor, self.last, self.skipped)
+        """Return the batch; its arrays are views where it is of neighbouring rows, else copies."""
+        images, labels, names = self.rows[0].parts() if len(self.rows) == 1 else self._copied()
+        return Batch(images, labels, tuple(names), self.cursor, self.last, self.skipped)
+
+    def _copied(self) -> tuple[Array, Array, list[str]]:
+        parts = [rows.parts() for rows in self.rows]
+        images = aligned_empty((self.samples, *parts[0][0].shape[1:]), np.uint8)
+        np.concatenate([part[0] for part in parts], out=images)
+        return images, np.concatenate([part[1] for part in parts]), [name for part in parts for name in part[2]]
 
     def mixed(self, mix: Mix) -> Batch:
         """Return the batch with its samples mixed by ``mix``."""

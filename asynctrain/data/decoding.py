@@ -29,7 +29,15 @@ START_UP = 1.5  # seconds that worker processes take before they decode; they ar
 
 
 class Decoding(Protocol):
-    """A place where chunks are decoded."""
+    """A place where chunks are decoded.
+
+    Attributes:
+        interpreter: held while tiny images are read, or decoded on threads of this process: both hold the GIL most of
+            the time, and two threads at once took twice as long as one after the other.
+    """
+
+    @property
+    def interpreter(self) -> asyncio.Lock: ...  # noqa: D102
 
     async def decode(self, work: ReadChunk) -> float:
         """Decode ``work`` into its slab and return how many seconds of one worker that took."""
@@ -37,16 +45,16 @@ class Decoding(Protocol):
 
 
 class OnThreads:
-    """Decodes on threads, images under 4 KiB one chunk at a time, as these hold the GIL most of their time."""
+    """Decodes on threads, images under 4 KiB one chunk at a time."""
 
     def __init__(self, work: Work, threads: ThreadPoolExecutor) -> None:
         self._work = work
         self._threads = threads
-        self._alone = asyncio.Lock()
+        self.interpreter = asyncio.Lock()
 
     async def decode(self, work: ReadChunk) -> float:
         """Decode on one of the threads."""
-        async with self._alone if work.tiny else nullcontext():
+        async with self.interpreter if work.tiny else nullcontext():
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._timed, work)
 
     def _timed(self, work: ReadChunk) -> float:
@@ -71,6 +79,7 @@ class InProcesses:
         self._work = work
         self._processes = processes
         self._threads = threads
+        self.interpreter = asyncio.Lock()
         self._free: asyncio.Queue[SharedMemory] = asyncio.Queue(len(slots))
         for slot in slots:
             self._free.put_nowait(slot)
@@ -189,13 +198,18 @@ class _Measured:
         self._samples = samples
         self._in_processes = in_processes
         self._deciding = asyncio.Lock()
+        self._on_threads = OnThreads(work, threads)
         self._chosen: Decoding | None = None
+
+    @property
+    def interpreter(self) -> asyncio.Lock:
+        return (self._chosen or self._on_threads).interpreter
 
     async def decode(self, work: ReadChunk) -> float:
         async with self._deciding:
             if self._chosen is None and work.missing.any():
                 self._chosen = await self._choose(work)
-        return await (self._chosen or OnThreads(self._work, self._threads)).decode(work)
+        return await (self._chosen or self._on_threads).decode(work)
 
     async def _choose(self, work: ReadChunk) -> Decoding:
         """Decode the chunk once, then twice at the same time, into memory that is thrown away."""
@@ -208,7 +222,7 @@ class _Measured:
         epoch = alone / count * self._samples if self._samples is not None else float("inf")
         if alone < SCALES * together and epoch > 10 * START_UP:
             return await self._in_processes()
-        return OnThreads(self._work, self._threads)
+        return self._on_threads
 
     def _scratch(self, work: ReadChunk) -> float:
         start = perf_counter()

@@ -77,11 +77,24 @@ def drawn(count: int = 8, first: int = 0, *, seed: int = 1, epoch: int = 2) -> D
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.lists(st.integers(0, 2**63 - 1), max_size=5))
-def test_the_kth_numbers_are_the_kth_of_each_samples_own_generator(seed: int, epoch: int, positions: list[int]) -> None:
+def test_the_kth_numbers_are_those_at_each_samples_own_counter(seed: int, epoch: int, positions: list[int]) -> None:
     draws = Draws(seed, epoch, np.array(positions, np.int64))
-    own = [generator(seed, Purpose.AUGMENT, epoch, position) for position in positions]
-    for _ in range(37):
-        assert draws.uniform().tolist() == [rng.random() for rng in own]
+    for block in range(9):
+        own = [at_counter(seed, [position, epoch, block, 0]) for position in positions]
+        for number in range(4):
+            assert draws.uniform().tolist() == [numbers[number] for numbers in own]
+
+
+def at_counter(seed: int, counter: list[int]) -> list[float]:
+    philox = np.random.Philox(key=np.array([seed, Purpose.AUGMENT], np.uint64), counter=np.array(counter, np.uint64))
+    return np.random.Generator(philox).random(4).tolist()  # type: ignore[no-any-return]
+
+
+def test_neighbours_share_the_stream_of_their_block_four_numbers_each() -> None:
+    stream = [generator(1, Purpose.AUGMENT, 2, block).random(4 * 50).reshape(50, 4) for block in range(3)]
+    draws = drawn(50)
+    for k in range(12):
+        assert np.array_equal(draws.uniform(), stream[k // 4][:, k % 4])
 
 
 def test_uniform_numbers_integers_and_chances_are_made_of_the_same_numbers() -> None:
@@ -340,8 +353,8 @@ def test_colours_that_are_not_to_change_stay() -> None:
 
 
 def test_erasing_paints_one_rectangle_of_the_area_and_proportions_asked_for() -> None:
-    images = np.full((300, 80, 100, 3), 200, np.uint8)
-    erased = random_erasing(p=1, scale=(0.1, 0.3), ratio=(0.5, 2), fill=9)(images, drawn(300)) == 9
+    images = np.full((600, 80, 100, 3), 200, np.uint8)
+    erased = random_erasing(p=1, scale=(0.1, 0.3), ratio=(0.5, 2), fill=9)(images, drawn(600)) == 9
     shares, ratios = [], []
     for image in erased:
         assert np.array_equal(image[..., 0], image[..., 2])

@@ -17,7 +17,6 @@ from asynctrain.arena import Array
 from asynctrain.data import ArrayDataset, ImageSettings, Sampler
 from asynctrain.data.augment import Augmentation, Draws, standard
 from asynctrain.data.batching import (
-    CHUNK_LIMIT,
     Assembler,
     Budget,
     Chunk,
@@ -64,7 +63,7 @@ def test_from_a_cursor_on_the_rest_of_its_epoch_is_covered(plan: Plan, size: Chu
 def test_no_chunk_is_larger_than_asked_or_spans_two_slabs(plan: Plan, size: ChunkSize) -> None:
     for chunk in plan.chunks(Cursor(), None, size):
         assert 1 <= chunk.stop - chunk.start <= size.size
-        assert 0 <= chunk.start < chunk.stop <= chunk.slab.size <= plan.batch_size
+        assert 0 <= chunk.start < chunk.stop <= chunk.slab.size <= size.batches(plan.batch_size) * plan.batch_size
         assert chunk.closes == (chunk.stop == chunk.slab.size)
 
 
@@ -72,14 +71,14 @@ def test_a_chunk_size_that_changes_is_used_from_the_next_chunk_on() -> None:
     size = ChunkSize(None, first=2, limit=10)
     chunks = Plan(10, 10).chunks(Cursor(), None, size)
     next(chunks)
-    size.observe(2, 0.002)  # 10 ms would be ten samples; half way there is six
+    size.observe(2, 0.004)  # 20 ms would be ten samples; half way there is six
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [(2, 8), (8, 10)]
 
 
-def test_an_automatic_chunk_size_approaches_ten_milliseconds_within_its_limits() -> None:
+def test_an_automatic_chunk_size_approaches_twenty_milliseconds_within_its_limits() -> None:
     size = ChunkSize(None, first=1, limit=50)
     for _ in range(20):
-        size.observe(size.size, 0.0005 * size.size)
+        size.observe(size.size, 0.001 * size.size)
     assert size.size in range(18, 22)
     for _ in range(20):
         size.observe(size.size, 1e-9)
@@ -89,10 +88,6 @@ def test_an_automatic_chunk_size_approaches_ten_milliseconds_within_its_limits()
     assert size.size == 1
     size.observe(0, 0.0)
     assert size.size == 1
-    wide = ChunkSize(None, first=1, limit=10**6)
-    for _ in range(20):
-        wide.observe(wide.size, 1e-9)
-    assert wide.size == CHUNK_LIMIT
 
 
 def test_a_fixed_chunk_size_learns_nothing() -> None:
@@ -189,9 +184,9 @@ class Changed(ArrayDataset):
         return replace(record, source=self.changes[index]) if index in self.changes else record
 
 
-def work_on(dataset: Changed, skips: bool = False, stopping: threading.Event | None = None) -> Work:
+def work_on(dataset: Changed, stopping: threading.Event | None = None) -> Work:
     order = Sampler(8, 0, shuffle=False)
-    return Work(dataset, order, ImageSettings((4, 4), 1), None, 0, skips, None, stopping or threading.Event())
+    return Work(dataset, order, ImageSettings((4, 4), 1), None, 0, None, stopping or threading.Event())
 
 
 def a_chunk() -> Chunk:
@@ -236,12 +231,9 @@ def test_decoding_a_chunk_ends_with_the_sample_at_which_a_stop_is_asked_for(monk
 
 
 @pytest.mark.parametrize(("readable", "kind"), [(True, DecodeError), (False, ReadError)])
-def test_a_bad_sample_is_raised_or_left_out_with_its_reason(readable: bool, kind: type[DecodeError]) -> None:
+def test_a_bad_sample_is_left_out_with_its_reason(readable: bool, kind: type[DecodeError]) -> None:
     changes = {2: Broken(readable), 5: Broken(readable)}
-    raising = work_on(Changed(changes))
-    with pytest.raises(kind, match=r"^broken: "):
-        raising.decode(raising.read(a_chunk()))
-    work, chunk = work_on(Changed(changes), skips=True), a_chunk()
+    work, chunk = work_on(Changed(changes)), a_chunk()
     work.decode(work.read(chunk))
     assert {row: type(error) for row, error in chunk.slab.bad.items()} == {2: kind, 5: kind}
     assert [grey for row, grey in enumerate(greys(chunk)) if row not in (2, 5)] == [0, 10, 30, 40, 60, 70]
@@ -330,7 +322,7 @@ def test_batches_are_the_good_samples_in_order_and_full_but_for_the_last(
     for batch in batches:
         assert batch.images[:, 0, 0, 0].tolist() == batch.labels.tolist()
         assert batch.sources == tuple(f"s{label}" for label in batch.labels)
-        assert batch.images.ctypes.data % 64 == 0
+        assert batch.images.flags.c_contiguous
     told = [skipped.position for batch in batches for skipped in batch.skipped]
     told += [skipped.position for skipped in assembler.take_news()]
     assert told == sorted(bad)
@@ -344,11 +336,11 @@ def test_a_cursor_counts_what_its_epoch_has_delivered_and_lists_what_it_skipped(
     for number, pieces in enumerate(
         assembled(slabs_of(samples, batch_size, bad), assembler_of(samples, batch_size, drop_last)), start=1
     ):
-        slab, row = pieces.rows[-1]
+        rows = pieces.rows[-1]
         if pieces.last:
             assert pieces.cursor == Cursor(epoch=1)
         else:
-            position = slab.start + row + 1
+            position = rows.slab.start + rows.stop
             skipped = tuple(sorted(place for place in bad if place < position))
             assert pieces.cursor == Cursor(0, position, number * batch_size, number, skipped)
             Plan(samples, batch_size).check(pieces.cursor)
@@ -369,12 +361,21 @@ def test_how_an_epoch_is_cut_into_slabs_changes_nothing(
     assert told(size) == told(batch_size)
 
 
-def test_a_slab_whose_samples_are_all_good_becomes_the_batch_without_a_copy() -> None:
-    for slab in slabs_of(10, 4, []):
-        for pieces in assembler_of(10, 4).add(slab):
-            assert pieces.whole is slab
-            assert slab.images is not None
-            assert pieces.batch().images.ctypes.data == slab.images.ctypes.data
+def test_good_samples_that_are_neighbours_become_batches_without_a_copy() -> None:
+    (slab,) = slabs_of(10, 10, [0])
+    first, second, rest = (pieces.batch() for pieces in assembler_of(10, 4).add(slab))
+    assert slab.images is not None
+    assert [np.shares_memory(batch.images, slab.images) for batch in (first, second, rest)] == [True] * 3
+    assert not np.shares_memory(first.images, second.images)
+    assert [batch.labels.tolist() for batch in (first, second, rest)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+
+
+def test_without_a_budget_the_first_bad_sample_is_raised_after_the_batches_before_it() -> None:
+    (slab,) = slabs_of(12, 12, [7, 9])
+    batches = Assembler(Cursor(), 3, drop_last=False, budget=None).add(slab)
+    assert [next(batches).batch().labels.tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(DecodeError, match="s7: is bad"):
+        next(batches)
 
 
 def test_the_epoch_of_a_batch_after_which_all_are_bad_ends_without_being_told_by_it() -> None:
@@ -447,7 +448,7 @@ def test_a_budget_is_counted_anew_in_each_epoch_and_goes_on_after_a_resume() -> 
     bad = [1, 5, 9]
     slabs = [slab for epoch in range(3) for slab in slabs_of(12, 4, bad, epoch=epoch)]
     pieces = assembled(slabs, assembler_of(12, 4, most=3))
-    assert sum(len(piece.rows) for piece in pieces) == 27
+    assert sum(piece.samples for piece in pieces) == 27
     cursor = pieces[0].cursor
     assert cursor.skipped == (1,)
     with pytest.raises(TooManyBadSamples, match="s9: 3 bad samples"):

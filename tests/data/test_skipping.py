@@ -392,3 +392,16 @@ async def test_an_error_that_is_not_the_datas_is_raised_although_samples_may_be_
 def test_wrong_arguments_are_told(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Case(4, frozenset(), 2).loader(**options)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+async def test_of_two_bad_samples_the_earlier_is_raised_whether_it_cannot_be_read_or_decoded(chunk: int) -> None:
+    loader = Loader(
+        PartlyBroken(12, {6, 7}), batch_size=3, image_size=(4, 4), channels=1, shuffle=False, chunk=chunk, threads=1
+    )
+    delivered = []
+    async with loader.open() as batches:
+        with pytest.raises(DecodeError, match=r"broken\[6\]"):  # 7 cannot even be read
+            async for batch in batches:
+                delivered += list(batch.sources)
+    assert delivered == [f"array[{index}]" for index in range(6)]
