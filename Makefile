@@ -9,10 +9,10 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench-loading bench-loop bench-sources clean
+.PHONY: help demo test check bench-kernels bench-learning bench-loading bench-loop bench-sources clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## train a classifier of handwritten digits from image files, and try it
 	@$(VENV)/bin/asynctrain demo
@@ -24,6 +24,12 @@ check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench-kernels: $(VENV)/.installed-bench $(PEERS)/.installed ## time training steps and predictions beside PyTorch, JAX and others
+	$(RUN) -m benchmarks.kernels
+
+bench-learning: $(VENV)/.installed-bench $(PEERS)/.installed ## train on digits and photos, side by side with PyTorch (wants ASYNCTRAIN_DATA)
+	$(RUN) -m benchmarks.learning
 
 bench-loading: $(VENV)/.installed-bench $(PEERS)/.installed ## load images side by side with PyTorch's DataLoader and SPDL
 	$(RUN) -m benchmarks.loading

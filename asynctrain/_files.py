@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+PIECE = 4 * 2**20  # bytes between two questions whether to stop
 
-def write_whole(path: Path, content: bytes) -> None:
+
+def write_whole(path: Path, content: bytes, stopped: Callable[[], bool] = lambda: False) -> None:
     """Write ``content`` to ``path`` so that a crash at any moment leaves the old file or the new one, whole.
 
-    Blocks. Raises ``OSError``; what was at ``path`` before is then still there and nothing else is left behind.
+    Blocks. Raises ``OSError``; what was at ``path`` before is then still there and nothing else is left behind. So it
+    is where ``stopped`` says that nobody wants the file any more, but without an error.
     """
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
         try:
-            temporary.write(content)
+            for start in range(0, len(content), PIECE):
+                if stopped():
+                    Path(temporary.name).unlink()
+                    return
+                temporary.write(content[start : start + PIECE])
             temporary.flush()
             os.fsync(temporary.fileno())
             Path(temporary.name).chmod(0o644)

@@ -76,6 +76,19 @@ class DivergenceError(AsyncTrainError):
         return type(self), (self.step, self.loss)
 
 
+class WeightlessBatchError(AsyncTrainError):
+    """No sample of the batch of ``step`` weighs anything, so its loss has no mean; the state before it is intact."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(
+            f"the batch of step {step} has a total weight of 0: all its labels are ignored or of classes that weigh 0"
+        )
+
+    def __reduce__(self) -> tuple[type[WeightlessBatchError], tuple[int]]:
+        return type(self), (self.step,)
+
+
 class CheckpointError(AsyncTrainError):
     """The file at ``path`` is torn, foreign, of another version, or does not fit."""
 

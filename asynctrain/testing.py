@@ -11,6 +11,8 @@ import numpy as np
 from asynctrain.arena import Arena, Array, Layout, Shape
 from asynctrain.nn import initializers
 from asynctrain.nn.layers import Layer
+from asynctrain.nn.layers.containers import Within
+from asynctrain.nn.model import Model
 from asynctrain.nn.scope import Scope, Workspace
 from asynctrain.randomness import Purpose, generator
 
@@ -48,7 +50,16 @@ def check_gradients(
     gradients = params.layout.empty()
     # An emitted gradient must be written, not added: leftovers would show.
     gradients.vector.fill(np.nan)
-    scope = Scope(Workspace(), train=train, rng=partial(generator, seed, Purpose.DROPOUT), gradients=gradients)
+    model = Model([layer], input_shape)
+    (name,) = model.root.children
+    scope = Scope(
+        Workspace(),
+        train=train,
+        rng=partial(generator, seed, Purpose.DROPOUT),
+        gradients=gradients,
+        state=Within(model.init_state(), name),
+        statistics=Within(model.statistics_layout.empty(), name),
+    )
     r = rng.standard_normal((batch, *layer.output_shape(input_shape)))
 
     def value() -> float:

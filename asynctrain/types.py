@@ -124,6 +124,11 @@ class BatchStream(Protocol):
         """How many samples an epoch delivers; None where only its end will tell."""
         ...
 
+    @property
+    def description(self) -> JSON:
+        """What decides about its batches, as JSON: a run resumes only with data that is described alike."""
+        ...
+
     def open(self, cursor: Cursor = ..., *, epochs: int | None = ...) -> AbstractAsyncContextManager[BatchIterator]:
         """Deliver the batches from ``cursor`` up to the end of epoch ``epochs - 1`` (by default of the cursor's)."""
         ...
@@ -147,14 +152,14 @@ class Program:
 
     Attributes:
         architecture: the model as JSON (``Model.to_json``).
-        loss: the name of a function in ``asynctrain.nn.losses``.
+        loss: the name of a loss in ``asynctrain.nn.losses``, or its JSON where it has arguments.
         normalization: applied to the pixels by the worker.
         dtype: of parameters and arithmetic, ``float32`` or ``float64``.
         seed: of the dropout masks.
     """
 
     architecture: JSON
-    loss: str = "softmax_cross_entropy"
+    loss: str | JSON = "softmax_cross_entropy"
     normalization: Normalization = field(default_factory=Normalization)
     dtype: str = "float32"
     seed: int = 0
@@ -199,7 +204,10 @@ class ForwardWork:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What is added up over samples: the loss, the sample weights, how many there were, and metrics (``correct``)."""
+    """What is added up over samples: the loss, the sample weights, how many there were, and metrics.
+
+    ``correct`` counts the samples predicted right, ``judged`` those of which that can be said.
+    """
 
     loss: float = 0.0
     weight: float = 0.0
@@ -219,8 +227,9 @@ class Sums:
 
     @property
     def accuracy(self) -> float:
-        """The share of samples predicted right, 0 to 1; NaN where there were none."""
-        return self.counts.get("correct", 0.0) / self.samples if self.samples else float("nan")
+        """The share of the judged samples predicted right, 0 to 1; NaN where there were none."""
+        judged = self.counts.get("judged", 0.0)
+        return self.counts.get("correct", 0.0) / judged if judged else float("nan")
 
 
 def _nothing() -> None:

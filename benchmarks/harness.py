@@ -67,14 +67,17 @@ def spread(values: Sequence[float]) -> float:
     return (third - first) / median if median else 0.0
 
 
-def report(name: str, rows: Sequence[Row], versions: Mapping[str, str], notes: Sequence[str] = ()) -> None:
-    """Write ``benchmarks/results/<name>.json`` and print its table."""
+def report(
+    name: str, rows: Sequence[Row], versions: Mapping[str, str], notes: Sequence[str] = (), **more: object
+) -> None:
+    """Write ``benchmarks/results/<name>.json``, with ``more`` entries that a plot needs, and print its table."""
     RESULTS.mkdir(exist_ok=True)
     content = {
         "machine": machine(),
         "versions": dict(versions),
         "notes": list(notes),
         "rows": [asdict(row) for row in rows],
+        **more,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(table(rows))

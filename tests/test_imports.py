@@ -33,8 +33,8 @@ executors.ledger     | {GROUND} nn numpy
 executors            | {GROUND} _aio nn numpy asyncio threadpoolctl
 inference            | {GROUND} _aio _files nn data.images executors.base executors.worker executors.blas
                      | numpy asyncio PIL safetensors
-train                | {GROUND} _version _aio _files nn optim inference
-                     | executors.base executors.worker executors.fingerprint numpy asyncio
+train                | {GROUND} _version _aio _files nn optim inference metrics
+                     | executors.base executors.worker executors.fingerprint numpy asyncio safetensors tomli_w
 """
 
 ANYTHING = ("__init__", "testing", "cli")  # the package's own page, the fakes for tests, and the command line

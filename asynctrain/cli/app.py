@@ -74,7 +74,9 @@ def train(
         Path,
         typer.Argument(metavar="DIR", help="A folder of images per class, or train/ and test/ (or val/) with these."),
     ],
-    model: Annotated[str, typer.Option(callback=_known_model, help="linear, mlp, lenet or small_cnn.")] = "small_cnn",
+    model: Annotated[
+        str, typer.Option(callback=_known_model, help=f"One of {', '.join(at.models.NAMES)}.")
+    ] = "small_cnn",
     epochs: Annotated[int | None, typer.Option(min=1, help="By default about 2,000 steps, but 5 to 40 epochs.")] = None,
     batch_size: BatchSize = 64,
     microbatch: Annotated[int, typer.Option(min=1, help="The most images that one worker takes at once.")] = 32,

@@ -58,7 +58,7 @@ class _Display:
                 self._end_epoch(event)
 
     def _start(self, event: RunStart) -> None:
-        self._epochs = event.epochs
+        self._epochs = event.epochs or 0
         self._progress.console.print(
             f"{event.parameters:,} parameters, {event.samples_per_epoch:,} training images, "
             f"{event.epochs} epochs of {event.steps_per_epoch} steps",

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import aiofiles.os
 import numpy as np
@@ -126,6 +126,23 @@ class _Opening:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images delivered."""
         return self.settings.shape
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides about the batches, but for the pixels themselves, as JSON."""
+        settings = self.settings
+        return {
+            "classes": list(self.classes),
+            "batch_size": self.batch_size,
+            "image_shape": list(settings.shape),
+            "resize": settings.resize,
+            "decoder": settings.decoder,
+            "loader_seed": self.seed,
+            "augment": None if self.augment is None else self.augment.to_json(),
+            "mix": None if self.mix is None else self.mix.to_json(),
+            "errors": self.errors,
+            "drop_last": self.drop_last,
+        }
 
     @asynccontextmanager
     async def _batches(
@@ -275,6 +292,11 @@ class Loader(_Opening):
     def batches_per_epoch(self) -> int:
         """How many batches an epoch has; an upper bound where samples are skipped."""
         return self._plan.batches
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides about the batches, but for the pixels themselves, as JSON."""
+        return super().description | {"samples": self._plan.samples, "order": type(self.order).__name__}
 
     @property
     def samples_per_epoch(self) -> int:

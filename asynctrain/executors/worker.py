@@ -72,7 +72,7 @@ class GradientWorker:
         self._program = program
         self._model = Model.from_json(program.architecture)
         self._layout = self._model.layout(program.dtype)
-        self._loss = losses.get(program.loss)
+        self._loss = losses.from_json(program.loss)
         self._benches: deque[_Bench] = deque()
 
     @_quiet
@@ -139,4 +139,5 @@ class GradientWorker:
 
 
 def _sums(loss: losses.Loss, labels: Array) -> Sums:
-    return Sums(loss.value, loss.weight, len(labels), {"correct": float(loss.correct)})
+    counts = {"correct": float(loss.correct), "judged": float(loss.judged)}
+    return Sums(loss.value, loss.weight, len(labels), counts)

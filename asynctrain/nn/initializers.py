@@ -41,7 +41,17 @@ def zeros(shape: Shape, rng: np.random.Generator) -> Array:
     return np.zeros(shape)
 
 
-_BY_NAME: dict[str, Initializer] = {"he_normal": he_normal, "glorot_uniform": glorot_uniform, "zeros": zeros}
+def ones(shape: Shape, rng: np.random.Generator) -> Array:
+    """Return float64 ones of that shape; nothing is drawn."""
+    return np.ones(shape)
+
+
+_BY_NAME: dict[str, Initializer] = {
+    "he_normal": he_normal,
+    "glorot_uniform": glorot_uniform,
+    "zeros": zeros,
+    "ones": ones,
+}
 
 
 def get(name: str) -> Initializer:

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from asynctrain.arena import Arena, Array, Layout, Shape
 from asynctrain.nn import initializers
+from asynctrain.nn.costs import Costs, LayerCosts
 from asynctrain.nn.layers import Layer, Parameter, Sequential, layer_from_json
+from asynctrain.nn.layers.base import times
 from asynctrain.nn.layers.containers import Within
 from asynctrain.nn.scope import Scope
 from asynctrain.randomness import Purpose, generator
@@ -139,15 +141,29 @@ class Model:
             raise ValueError(f"a model's JSON must have input_shape and layers, got {', '.join(value) or 'nothing'}")
         return cls([layer_from_json(layer) for layer in value["layers"]], value["input_shape"])
 
-    def summary(self) -> str:
-        """Return a table: each leaf layer, its output shape and its number of parameters, and their total."""
-        rows = [("layer", "output", "parameters"), ("input", _times(self.input_shape), "")]
-        for placed in self._placed:
-            count = _count(placed.layer.parameters(placed.input_shape))
-            rows.append((placed.path, _times(placed.output_shape), f"{count:,}" if count else ""))
-        rows.append(("total", "", f"{_count(self.parameters):,}"))
-        first, second, third = (max(map(len, column)) for column in zip(*rows, strict=True))
-        return "\n".join(f"{a:{first}}  {b:{second}}  {c:>{third}}".rstrip() for a, b, c in rows)
+    def costs(self, microbatch: int = 1, dtype: npt.DTypeLike = "float32") -> Costs:
+        """Return what the model costs, worked out from its shapes: nothing is allocated.
+
+        Args:
+            microbatch: samples in one pass, for the totals; at least 1.
+            dtype: of parameters and activations.
+        """
+        first = LayerCosts("input", self.input_shape, parameters=0, flops=0, activations=prod(self.input_shape))
+        rows = (first, *map(LayerCosts.of, self._placed))
+        return Costs(rows, microbatch, np.dtype(dtype).itemsize)
+
+    def summary(self, microbatch: int = 32, dtype: npt.DTypeLike = "float32") -> str:
+        """Return ``costs`` as a table: each leaf layer for one sample, their total, and the microbatch's.
+
+        >>> print(Model([Flatten(), Dense(10)], input_shape=(8, 8, 1)).summary())
+        layer       output  parameters   FLOPs  activation bytes
+        input       8x8x1                                    256
+        flatten1    64
+        dense1      10             650   1,280                40
+        total                      650   1,280               296
+        32 samples                      40,960             9,472
+        """
+        return str(self.costs(microbatch, dtype))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Model) and (self.root, self.input_shape) == (other.root, other.input_shape)
@@ -157,7 +173,7 @@ class Model:
 
     def __repr__(self) -> str:
         return (
-            f"<Model {_times(self.input_shape)} -> {_times(self.output_shape)}, {len(self.leaves)} layers, "
+            f"<Model {times(self.input_shape)} -> {times(self.output_shape)}, {len(self.leaves)} layers, "
             f"{_count(self.parameters):,} parameters>"
         )
 
@@ -170,7 +186,3 @@ def _checked(shape: Sequence[Any]) -> Shape:
 
 def _count(parameters: Mapping[str, Parameter]) -> int:
     return sum(prod(parameter.shape) for parameter in parameters.values())
-
-
-def _times(shape: Shape) -> str:
-    return "x".join(map(str, shape))

@@ -3,45 +3,82 @@
 from __future__ import annotations
 
 # Applying one
-from asynctrain.optim.apply import initial_state, update_into
+from asynctrain.optim.apply import bound, initial_state, measured, update_into
+
+# Optimizers made of optimizers
+from asynctrain.optim.composition import accumulate, average_weights, freeze, frozen, groups
+
+# Optimizers
+from asynctrain.optim.optimizers import adagrad, adam, adamw, nadam, rmsprop, sgd
 
 # Learning rates
-from asynctrain.optim.schedules import Schedule, constant, cosine
+from asynctrain.optim.schedules import (
+    Schedule,
+    constant,
+    cosine,
+    cosine_restarts,
+    exponential,
+    linear,
+    one_cycle,
+    stepwise,
+)
 
-# Optimizers, and the parts to compose others of
+# The parts to compose others of
 from asynctrain.optim.transforms import (
     Optimizer,
+    Reduction,
     State,
     Transform,
-    adam,
-    adamw,
     add_decayed_weights,
     apply_updates,
     chain,
+    clip_by_global_norm,
+    clip_by_value,
     from_json,
+    scale_by_adagrad,
     scale_by_adam,
     scale_by_learning_rate,
-    sgd,
+    scale_by_rms,
     trace,
 )
 
 __all__ = [
     "Optimizer",
+    "Reduction",
     "Schedule",
     "State",
     "Transform",
+    "accumulate",
+    "adagrad",
     "adam",
     "adamw",
     "add_decayed_weights",
     "apply_updates",
+    "average_weights",
+    "bound",
     "chain",
+    "clip_by_global_norm",
+    "clip_by_value",
     "constant",
     "cosine",
+    "cosine_restarts",
+    "exponential",
+    "freeze",
     "from_json",
+    "frozen",
+    "groups",
     "initial_state",
+    "linear",
+    "measured",
+    "nadam",
+    "one_cycle",
+    "rmsprop",
+    "scale_by_adagrad",
     "scale_by_adam",
     "scale_by_learning_rate",
+    "scale_by_rms",
     "sgd",
+    "stepwise",
     "trace",
     "update_into",
 ]

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
-from asynctrain.inference.evaluate import Evaluation
+from asynctrain.inference import evaluate
+from asynctrain.types import JSON
 
 Reason = Literal["finished", "stopped", "cancelled", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class RunStart:
-    """The run begins: ``step`` steps were done before, ``steps`` are to be done when it is finished.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Event:
+    """What all events have; events are equal where what they tell is, whenever that was.
 
-    What only the end of a stream will tell is None.
+    Attributes:
+        number: counted from 0 and never given twice in a run, whatever crashes and resumes it has seen.
+        time: when it was published, in seconds since 1970.
     """
 
-    epochs: int
+    number: int = field(default=-1, compare=False)
+    time: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart(_Event):
+    """The run begins: ``step`` steps were done before, ``steps`` are to be done when it is finished.
+
+    What only the end of a stream will tell, or a limit other than epochs, is None.
+    """
+
+    epochs: int | None
     step: int
     steps: int | None
     steps_per_epoch: int | None
@@ -29,19 +42,24 @@ class RunStart:
 
 
 @dataclass(frozen=True, slots=True)
-class StepEnd:
-    """A batch was applied. loss, accuracy: of this batch, before the update. samples_per_second: since the start."""
+class StepEnd(_Event):
+    """A batch was applied.
+
+    loss, accuracy: of this batch, before the update. samples_per_second: since the start. attempt: how often the run
+    was started, this time included; a step that was done again after a crash has a higher one.
+    """
 
     epoch: int
     step: int
     loss: float
     accuracy: float
     samples: int
-    samples_per_second: float
+    samples_per_second: float = field(compare=False)
+    attempt: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class EpochEnd:
+class EpochEnd(_Event):
     """An epoch is over. loss, accuracy: over its batches, each before its update. seconds: validation included."""
 
     epoch: int
@@ -49,12 +67,31 @@ class EpochEnd:
     loss: float
     accuracy: float
     samples: int
-    seconds: float
-    validation: Evaluation | None
+    seconds: float = field(compare=False)
+    validation: evaluate.Evaluation | None
 
 
 @dataclass(frozen=True, slots=True)
-class SampleSkipped:
+class Evaluation(_Event):
+    """The weights of ``step`` were evaluated on the validation data."""
+
+    epoch: int
+    step: int
+    result: evaluate.Evaluation
+    seconds: float = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved(_Event):
+    """The file at ``path`` holds the whole state after ``step``. seconds: that writing took, beside the training."""
+
+    step: int
+    path: str = field(compare=False)
+    seconds: float = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSkipped(_Event):
     """A sample was left out, as the loader was told to do with bad ones."""
 
     epoch: int
@@ -64,72 +101,94 @@ class SampleSkipped:
 
 
 @dataclass(frozen=True, slots=True)
-class RunEnd:
-    """The last event of a run. error: one sentence where it failed."""
+class WorkerLost(_Event):
+    """A worker at ``address`` is gone; its work is computed elsewhere, with the same bits."""
 
-    reason: Reason
-    step: int
-    seconds: float
-    error: str | None = None
+    address: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Missed:
+class Paused(_Event):
+    """The run waits after ``step`` for its ``resume()``."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(_Event):
+    """The run goes on after ``step``: a pause is over, or, where ``attempt`` is a new one, it was started again."""
+
+    step: int
+    attempt: int = field(default=1, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnd(_Event):
+    """The last event of a run. error: one sentence where it failed. why: which limit or controller ended it."""
+
+    reason: Reason
+    step: int
+    seconds: float = field(compare=False)
+    error: str | None = None
+    why: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Missed(_Event):
     """The events from number ``first`` up to and with ``last`` are no longer kept; this listener was too slow."""
 
     first: int
     last: int
 
 
-Event = RunStart | StepEnd | SampleSkipped | EpochEnd | RunEnd | Missed
+Event = (
+    RunStart
+    | StepEnd
+    | EpochEnd
+    | Evaluation
+    | CheckpointSaved
+    | SampleSkipped
+    | WorkerLost
+    | Paused
+    | Resumed
+    | RunEnd
+    | Missed
+)
+
+_BY_NAME: Mapping[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
-def to_json(number: int, event: Event) -> dict[str, Any]:
-    """Return ``{"number": ..., "event": "StepEnd", ...}``."""
-    return {"number": number, "event": type(event).__name__, **asdict(event)}
+def to_json(event: Event) -> dict[str, Any]:
+    """Return ``{"event": "StepEnd", "number": ..., ...}``; what is not finite becomes null, which is valid JSON."""
+    return {"event": type(event).__name__, **_finite(asdict(event))}
 
 
-class EventLog:
-    """The events of one run, numbered from 0, for any number of listeners.
+def from_json(value: JSON) -> Event:
+    """Return the event that ``to_json`` described; null stands for NaN where a float belongs.
 
-    Publishing never waits. The log keeps the last ``capacity`` events (a few hundred bytes each), so a listener that
-    falls further behind gets ``Missed`` in the place of those that are gone.
+    Raises:
+        ValueError: there is no event of that name, or its fields are others.
     """
+    arguments = dict(value)
+    kind = _BY_NAME.get(arguments.pop("event", ""))
+    if kind is None or arguments.keys() - {known.name for known in fields(kind)}:
+        raise ValueError(f"this is none of the events {', '.join(_BY_NAME)}: {value}")
+    for known in fields(kind):
+        if known.type == "float" and arguments.get(known.name, 0.0) is None:
+            arguments[known.name] = math.nan
+    for name in ("validation", "result"):
+        if arguments.get(name) is not None:
+            arguments[name] = evaluate.Evaluation.from_json(arguments[name])
+    event: Event = kind(**arguments)
+    return event
 
-    def __init__(self, capacity: int = 65_536) -> None:
-        self._kept: deque[Event] = deque(maxlen=capacity)
-        self._published = 0
-        self._closed = False
-        self._news = asyncio.Event()
 
-    def publish(self, event: Event) -> int:
-        """Append ``event`` and return its number."""
-        self._kept.append(event)
-        self._published += 1
-        self._wake()
-        return self._published - 1
-
-    def close(self) -> None:
-        """Let the listeners end once they have read everything."""
-        self._closed = True
-        self._wake()
-
-    async def follow(self, number: int = 0) -> AsyncIterator[Event]:
-        """Yield the events from ``number`` on until the log is closed."""
-        while True:
-            news = self._news
-            while number < self._published:
-                oldest = self._published - len(self._kept)
-                if number < oldest:
-                    yield Missed(number, oldest - 1)
-                    number = oldest
-                else:
-                    number += 1
-                    yield self._kept[number - 1 - oldest]
-            if self._closed and number >= self._published:
-                return
-            await news.wait()
-
-    def _wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from asynctrain.train.events import EpochEnd, Reason
+from asynctrain.train.events import EpochEnd, Evaluation, Reason
 from asynctrain.train.state import TrainState
 
 
@@ -14,22 +14,29 @@ class History:
 
     Attributes:
         state: the last state, in read-only arrays of its own.
-        epochs: the end of each epoch.
+        events: the ends of epochs and the evaluations, those of earlier attempts included.
         reason: ``finished`` or ``stopped``.
-        samples: how many samples were trained on in this run.
-        seconds: how long it took.
+        samples: how many samples were trained on, earlier attempts included.
+        seconds: how long this attempt took.
+        samples_per_second: of this attempt, validation included.
     """
 
-    state: TrainState
-    epochs: tuple[EpochEnd, ...]
+    state: TrainState = field(compare=False)
+    events: tuple[EpochEnd | Evaluation, ...]
     reason: Reason
     samples: int
-    seconds: float
+    seconds: float = field(compare=False)
+    samples_per_second: float = field(compare=False)
 
     @property
-    def samples_per_second(self) -> float:
-        """Samples trained on per second of the whole run, validation included."""
-        return self.samples / self.seconds
+    def epochs(self) -> tuple[EpochEnd, ...]:
+        """The end of each epoch."""
+        return tuple(event for event in self.events if isinstance(event, EpochEnd))
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """The evaluations, in their order."""
+        return tuple(event for event in self.events if isinstance(event, Evaluation))
 
     def __repr__(self) -> str:
         last = self.epochs[-1] if self.epochs else None

@@ -1,24 +1,49 @@
-"""A run under way: await it, iterate over its events, stop it."""
+"""A run under way: await it, iterate over its events, pause it, take its weights, stop it."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
-from asynctrain._aio import thread_pool
+from asynctrain._aio import ServingGroup, thread_pool
+from asynctrain.errors import ClosedError
 from asynctrain.executors.base import Executor, Session
+from asynctrain.inference import evaluate
 from asynctrain.inference.classifier import Classifier
-from asynctrain.inference.evaluate import Evaluation, evaluate
 from asynctrain.nn.model import Model
 from asynctrain.optim.transforms import Optimizer
-from asynctrain.train.events import EpochEnd, Event, EventLog, Reason, RunEnd, RunStart, SampleSkipped, StepEnd
+from asynctrain.train.checkpoint import Checkpoint
+from asynctrain.train.control import Limits, Requests
+from asynctrain.train.controllers import Controller, Decision
+from asynctrain.train.events import (
+    EpochEnd,
+    Evaluation,
+    Event,
+    Paused,
+    Reason,
+    Resumed,
+    RunEnd,
+    RunStart,
+    SampleSkipped,
+    StepEnd,
+)
 from asynctrain.train.history import History
+from asynctrain.train.log import EventLog
+from asynctrain.train.progress import Heartbeat, Progress
 from asynctrain.train.run_folder import RunFolder
-from asynctrain.train.state import TrainState
+from asynctrain.train.saving import Saver, Saving
+from asynctrain.train.state import Kept, TrainState
 from asynctrain.train.step import TrainStep
 from asynctrain.types import Batch, BatchIterator, BatchStream, Sums
+
+Callback = Callable[[Event], Awaitable[None] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,48 +55,131 @@ class Job:
     executor: Executor
     microbatch: int
     loader: BatchStream
-    epochs: int
+    limits: Limits
     validation: BatchStream | None
+    validate_every: int | None
+    metrics: Sequence[evaluate.Metric]
+    callbacks: Sequence[Callback]
+    controllers: Sequence[Controller]
+    saving: Saving
     folder: RunFolder | None
+    describe: Callable[[TrainState], Checkpoint]
 
 
 class Run:
     """A training run under way, made by ``Trainer.start``.
 
     ``async for event in run`` yields its events from the first on and may be done by any number of listeners; a slow
-    one never slows the training.
+    one never slows the training. What is asked of a run from other tasks (``pause``, ``checkpoint``, ``stop``) happens
+    at the end of the step it is in.
     """
 
     task: asyncio.Task[None]  # the one that trains; its owner sets it
 
-    def __init__(self, job: Job, state: TrainState) -> None:
+    def __init__(self, job: Job, state: TrainState, earlier: Sequence[Event] = ()) -> None:
         self._job = job
         self._state = state
-        self._events = EventLog()
-        self._epochs: list[EpochEnd] = []
-        self._epoch = state.cursor.epoch
-        self._samples = 0
+        self._step: TrainStep | None = None
+        self._log = EventLog(job.folder.events if job.folder else None, earlier)
+        self._requests = Requests()
+        self._saver: Saver | None = None
+        self._heartbeat = Heartbeat()
+        self._first_step = state.step
+        self._epoch = state.cursor.epoch - _is_epoch_over(state)
+        self._resumed = bool(earlier) or state.step > 0
         self._told = 0  # samples that were left out
+        self._samples = 0  # of this attempt
+        self._last = Sums()
         self._started = self._epoch_started = time.perf_counter()
+        self._waited = 0.0  # seconds in pauses
+        self._paused = False
+        self._limit = ""  # the one that was reached
         self._seconds = 0.0
-        self._stop_asked = False
         self._reason: Reason = "cancelled"
         self._error: Exception | None = None
         self._ended = asyncio.Event()
 
+    # What others see
+
     @property
     def state(self) -> TrainState:
-        """The state after the last step, in read-only arrays of the caller's own."""
-        return self._state.copy()
+        """The state after the last step, in read-only arrays that stay as they are."""
+        return self._step.hand_out(self._state) if self._step else self._state.copy()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        rate, steps = self._rate(), self._steps_in_all()
+        per_step = self._samples / max(1, self._state.step - self._first_step)
+        metrics = {"accuracy": self._last.accuracy}
+        if (last := self._last_evaluation()) is not None:
+            metrics |= {"validation.loss": last.result.loss, "validation.accuracy": last.result.accuracy}
+        return Progress(
+            epoch=self._epoch + 1,
+            step=self._state.step,
+            steps=steps,
+            loss=self._last.mean_loss,
+            metrics=metrics,
+            samples_per_second=rate,
+            eta=None if steps is None or not rate else (steps - self._state.step) * per_step / rate,
+            loop_lag=self._heartbeat.lag,
+            paused=self._paused,
+        )
+
+    def snapshot(self) -> Classifier:
+        """Return a classifier with the weights after the last step: never half-updated, not copied, good for ever."""
+        return self._classifier(self.state)
+
+    def _classifier(self, state: TrainState) -> Classifier:
+        return Classifier.from_state(self._job.model, state, classes=self._job.loader.classes)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self.events()
 
     async def events(self, number: int = 0) -> AsyncIterator[Event]:
-        """Yield the events from ``number`` on; where the run failed, raise its error after the last one."""
-        async for event in self._events.follow(number):
+        """Yield the events from ``number`` on, those of earlier attempts included; raise the run's error, if any, last.
+
+        A listener that falls behind by more than 65,536 events gets ``Missed`` for those that are no longer kept.
+        """
+        async for event in self._log.follow(number):
             yield event
         self.raise_error()
+
+    # What others ask
+
+    async def pause(self) -> int:
+        """Let the run wait after the step it is in; return how many steps are done, once it does, or has ended."""
+        if not self._ended.is_set():
+            await self._requests.ask_to_pause().wait()
+        return self._state.step
+
+    def resume(self) -> None:
+        """Let a paused run go on."""
+        self._requests.ask_to_resume()
+
+    async def checkpoint(self) -> Path:
+        """Save the state after the step the run is in, and return the file, once it is whole.
+
+        Raises:
+            ValueError: the run has no ``run_dir``.
+            ClosedError: it has ended; its last state is saved already.
+            OSError: the file cannot be written.
+        """
+        if self._job.folder is None:
+            raise ValueError("run_dir must be given to a run that is to be checkpointed")
+        if self._ended.is_set():
+            raise ClosedError("the run has ended, and its last state is saved already")
+        return await self._requests.ask_for_checkpoint()
+
+    async def stop(self) -> History:
+        """Let the run end, normally, after the step it is in, and return its history."""
+        self._requests.ask_to_stop()
+        return await self.result()
+
+    async def cancel(self) -> None:
+        """Stop the computing at once, as cancelling the task that awaits ``fit`` does, and wait for the end."""
+        self.task.cancel()
+        await self._ended.wait()
 
     async def result(self) -> History:
         """Wait for the end and return the history; cancelling the wait leaves the run alone.
@@ -81,85 +189,153 @@ class Run:
         await self._ended.wait()
         return self.history()
 
-    async def stop(self) -> History:
-        """Let the run end, normally, after the step it is in, and return its history."""
-        self._stop_asked = True
-        return await self.result()
-
     def history(self) -> History:
         """Return what was reached, once the run has ended; raises like ``result``."""
         self.raise_error()
         if self._reason == "cancelled":
             raise asyncio.CancelledError
-        return History(self.state, tuple(self._epochs), self._reason, self._samples, self._seconds)
+        state, seconds = self._result(), self._seconds
+        return History(state, state.history, self._reason, state.samples, seconds, self._samples / seconds)
 
     def raise_error(self) -> None:
         """Raise what the run failed of, if it did."""
         if self._error is not None:
             raise self._error
 
+    # What it does
+
     async def main(self) -> None:
         """Train to the end: the body of the run's task. Errors are kept for the listeners, a cancellation passes."""
-        try:
-            self._reason = await self._train()
-        except Exception as error:
-            self._reason, self._error = "failed", error
-        finally:
-            self._seconds = time.perf_counter() - self._started
-            told = None if self._error is None else str(self._error)
-            self._publish(RunEnd(self._reason, self._state.step, self._seconds, told))
+        async with AsyncExitStack() as stack:
+            stack.callback(self._end)
+            threads = await stack.enter_async_context(thread_pool(2, "files"))
+            serving = await stack.enter_async_context(ServingGroup())
+            serving.create_task(self._log.write(threads), name="write-events")
+            serving.create_task(self._heartbeat.beat(), name="heartbeat")
+            if self._job.folder is not None:
+                self._saver = Saver(
+                    self._job.saving,
+                    self._job.folder,
+                    self._state,
+                    self._job.describe,
+                    serving,
+                    threads,
+                    self._log.publish,
+                )
             try:
-                await self._save()
+                self._reason = await self._train()
             except Exception as error:
-                self._error = self._error or error
+                self._reason, self._error = "failed", error
             finally:
-                self._events.close()
-                self._ended.set()
+                await self._close(threads)
 
     async def _train(self) -> Reason:
         job, state = self._job, self._state
         async with (
             thread_pool(None, "update") as threads,
             job.executor.open(state.program) as session,
-            job.loader.open(state.cursor, epochs=job.epochs) as batches,
+            job.loader.open(state.cursor, epochs=job.limits.epochs or 2**62) as batches,
         ):
             step = TrainStep(job.model, session, job.optimizer, job.microbatch, threads)
-            self._state = await step.begin(state)
-            self._publish(self._start_event())
-            async for batch in batches:
-                if batch.epoch != self._epoch:
-                    self._tell_skipped(batches)
-                    await self._end_epoch(session)
-                    self._epoch = batch.epoch
-                self._tell_skipped(batches)
-                await self._apply(step, batch)
-                if batch.last:
-                    await self._end_epoch(session)
-                if self._stop_asked:
-                    return "stopped"
-            self._tell_skipped(batches)
+            self._state = await step.begin(self._begun(state))
+            self._step = step
+            self._started = self._epoch_started = time.perf_counter()
+            deadline = None if job.limits.seconds is None else time.monotonic() + job.limits.seconds
+            await self._tell(self._start_event())
+            if self._resumed:
+                await self._tell(Resumed(state.step, self._state.attempt))
+            await self._settle(session)
+            while not self._is_over(deadline) and (batch := await anext(batches, None)) is not None:
+                await self._apply(session, step, batch, batches)
+                await self._listen()
+            if self._requests.stop or self._state.stopped_by:
+                return "stopped"
+            if self._limit:
+                return "finished"
+            await self._tell_skipped(batches)
             await self._end_epoch(session)
         return "finished"
 
-    async def _apply(self, step: TrainStep, batch: Batch) -> None:
-        state, sums = await step(self._state, batch)
-        self._state = replace(state, sums=state.sums + sums)
-        self._samples += sums.samples
-        rate = self._samples / (time.perf_counter() - self._started)
-        self._publish(StepEnd(self._epoch + 1, state.step, sums.mean_loss, sums.accuracy, sums.samples, rate))
+    def _is_over(self, deadline: float | None) -> bool:
+        self._limit = self._job.limits.reached(self._state.step, self._state.samples, deadline)
+        return self._requests.stop or bool(self._limit or self._state.stopped_by)
 
-    def _tell_skipped(self, batches: BatchIterator) -> None:
-        """Tell the samples that were left out and belong to the epoch, or one before it."""
-        for skipped in batches.skipped[self._told :]:
-            if skipped.epoch <= self._epoch:
-                self._told += 1
-                self._publish(SampleSkipped(skipped.epoch + 1, skipped.position, skipped.source, skipped.reason))
+    def _begun(self, state: TrainState) -> TrainState:
+        controllers = {controller.name: controller.begin() for controller in self._job.controllers}
+        return replace(
+            state,
+            attempt=state.attempt + 1 if self._resumed else 1,
+            controllers={name: state.controllers.get(name, fresh) for name, fresh in controllers.items()},
+        )
+
+    async def _apply(self, session: Session, step: TrainStep, batch: Batch, batches: BatchIterator) -> None:
+        """Train on ``batch``, and do what is due before and after it."""
+        if batch.epoch != self._epoch:
+            await self._tell_skipped(batches)
+            await self._end_epoch(session)
+            self._epoch = batch.epoch
+        await self._tell_skipped(batches)
+        state, sums = await step(self._state, batch)
+        self._state = replace(state, sums=state.sums + sums, samples=state.samples + sums.samples)
+        self._samples += sums.samples
+        self._last = sums
+        await self._tell(
+            StepEnd(
+                self._epoch + 1, state.step, sums.mean_loss, sums.accuracy, sums.samples, self._rate(), state.attempt
+            )
+        )
+        await self._settle(session)
+
+    async def _settle(self, session: Session) -> None:
+        """Do what is due after a step; after a resume too, where the run was left before it was done."""
+        every = self._job.validate_every
+        if every and self._state.step and self._state.step % every == 0 and self._evaluated_here() is None:
+            await self._validate(session)
+        if _is_epoch_over(self._state):
+            await self._end_epoch(session)
+
+    def _evaluated_here(self) -> evaluate.Evaluation | None:
+        """Return what the evaluation after the last step has found, if there was one."""
+        last = self._last_evaluation()
+        return last.result if last is not None and last.step == self._state.step else None
+
+    def _last_evaluation(self) -> Evaluation | None:
+        return next((event for event in reversed(self._state.history) if isinstance(event, Evaluation)), None)
+
+    async def _listen(self) -> None:
+        """Do what was asked meanwhile; the moment between two steps."""
+        if self._log.error is not None:
+            raise self._log.error
+        await self._save_if_asked()
+        if not self._requests.holds():
+            return
+        started = time.perf_counter()
+        self._paused = True
+        await self._tell(Paused(self._state.step))
+        self._requests.tell_paused()
+        while self._requests.holds():
+            self._requests.news.clear()
+            await self._save_if_asked()
+            await self._requests.news.wait()
+        self._paused = False
+        self._waited += time.perf_counter() - started
+        await self._tell(Resumed(self._state.step, self._state.attempt))
+
+    async def _save_if_asked(self) -> None:
+        if self._saver is None or self._step is None:
+            return
+        self._saver.raise_error()
+        waiting = self._requests.take_checkpoints()
+        if waiting or self._saver.is_due(self._state):
+            self._saver.begin(self._step.hand_out(self._state), waiting)
 
     async def _end_epoch(self, session: Session) -> None:
         """Tell the end of the epoch, once: its last batch may not be known as such when samples are skipped."""
         if not self._state.sums.samples:
             return
-        validation = await self._validate(session)
+        if not self._job.validate_every and self._evaluated_here() is None:
+            await self._validate(session)
+        validation = self._last_evaluation()
         state, now = self._state, time.perf_counter()
         event = EpochEnd(
             epoch=self._epoch + 1,
@@ -168,44 +344,136 @@ class Run:
             accuracy=state.sums.accuracy,
             samples=state.sums.samples,
             seconds=now - self._epoch_started,
-            validation=validation,
+            validation=None if validation is None else validation.result,
         )
         self._epoch_started = now
         self._state = replace(state, sums=Sums())
-        self._epochs.append(event)
-        self._publish(event)
-        if self._job.folder:
-            await self._job.folder.flush()
+        await self._remember(event)
 
-    async def _validate(self, session: Session) -> Evaluation | None:
-        if self._job.validation is None:
-            return None
-        return await evaluate(session, self._state.step, self._job.validation, self._job.microbatch)
-
-    async def _save(self) -> None:
+    async def _validate(self, session: Session) -> None:
         job = self._job
-        if job.folder:
-            await job.folder.flush()
-        if job.folder and self._state.step:
-            await job.folder.save(Classifier.from_state(job.model, self._state, classes=job.loader.classes))
+        if job.validation is None:
+            return
+        started = time.perf_counter()
+        state = self._state
+        averaged = "average" in state.optimizer_state
+        version = -1 - state.step if averaged else state.step  # the weights that are trained have the others
+        if averaged:
+            await session.broadcast(state.averaged().params, state.model_state, version)
+        result = await evaluate.evaluate(session, version, job.validation, job.microbatch, job.metrics)
+        if averaged:
+            await session.broadcast(state.params, state.model_state, state.step)
+        seconds = time.perf_counter() - started
+        await self._remember(Evaluation(self._epoch + 1, state.step, result, seconds))
 
-    def _publish(self, event: Event) -> None:
-        number = self._events.publish(event)
-        if self._job.folder:
-            self._job.folder.record(number, event)
+    async def _remember(self, event: EpochEnd | Evaluation) -> None:
+        numbered = self._log.publish(event)
+        self._state = replace(self._state, history=(*self._state.history, numbered))
+        await self._attend(numbered)
+
+    async def _tell(self, event: Event) -> None:
+        await self._attend(self._log.publish(event))
+
+    async def _attend(self, event: Event) -> None:
+        """Let controllers and callbacks see an event, in their order."""
+        for controller in self._job.controllers:
+            own, decision = controller.update(self._state.controllers[controller.name], event)
+            self._state = replace(self._state, controllers={**self._state.controllers, controller.name: own})
+            self._obey(controller.name, decision)
+        for callback in self._job.callbacks:
+            waiting = callback(event)
+            if inspect.isawaitable(waiting):
+                await waiting
+
+    def _obey(self, name: str, decision: Decision) -> None:
+        state = self._state
+        if decision.scale_learning_rate != 1.0:
+            scale = state.learning_rate_scale * decision.scale_learning_rate
+            self._state = state = replace(state, learning_rate_scale=scale)
+        if decision.keep_best and self._step is not None:
+            best = self._step.hand_out(state)
+            kept = Kept(state.step, best.params, best.model_state)
+            self._state = state = replace(state, kept={**state.kept, name: kept})
+        if decision.stop and not state.stopped_by:
+            restore = name if decision.restore_best and name in state.kept else ""
+            self._state = replace(state, stopped_by=decision.stop, restore=restore)
+
+    async def _tell_skipped(self, batches: BatchIterator) -> None:
+        """Tell the samples that were left out and belong to the epoch, or one before it."""
+        for skipped in batches.skipped[self._told :]:
+            if skipped.epoch <= self._epoch:
+                self._told += 1
+                await self._tell(SampleSkipped(skipped.epoch + 1, skipped.position, skipped.source, skipped.reason))
+
+    async def _close(self, threads: ThreadPoolExecutor) -> None:
+        """Save what was reached, and tell the end; cancelled once more, leave the earlier files as they are."""
+        try:
+            if self._saver is not None and self._state.step:
+                await self._saver.finish(self.state)
+            if self._job.folder is not None and self._state.step:
+                save = partial(self._classifier(self._result()).save, self._job.folder.model)
+                await asyncio.get_running_loop().run_in_executor(threads, save)
+        except OSError as error:
+            self._error = self._error or error
+            self._reason = "failed" if self._reason != "cancelled" else self._reason
+        finally:
+            self._seconds = time.perf_counter() - self._started
+            told = None if self._error is None else str(self._error)
+            why = self._state.stopped_by or self._limit or None
+            await self._tell_end(RunEnd(self._reason, self._state.step, self._seconds, told, why))
+
+    def _result(self) -> TrainState:
+        """Return what the run has come to: its last state, or the best one where a controller wants that."""
+        state = self.state
+        if self._reason not in ("finished", "stopped") or not state.restore:
+            return state
+        kept = state.kept[state.restore]
+        return replace(state, params=kept.params, model_state=kept.model_state)
+
+    async def _tell_end(self, end: RunEnd) -> None:
+        try:
+            await self._tell(end)
+        except Exception as error:  # a callback's
+            self._error = self._error or error
+        finally:
+            await self._log.close()
+
+    def _end(self) -> None:
+        """Let nobody wait any longer, whatever happened."""
+        self._log.end()
+        self._requests.tell_paused()
+        for future in self._requests.take_checkpoints():
+            future.set_exception(ClosedError("the run has ended, and its last state is saved already"))
+        self._ended.set()
+
+    def _rate(self) -> float:
+        return self._samples / max(1e-9, time.perf_counter() - self._started - self._waited)
+
+    def _steps_in_all(self) -> int | None:
+        job = self._job
+        per_epoch = job.loader.batches_per_epoch
+        ends = [job.limits.steps] if job.limits.steps is not None else []
+        if job.limits.epochs is not None and per_epoch is not None:
+            ends.append(job.limits.epochs * per_epoch)
+        return min(ends) if ends else None
 
     def _start_event(self) -> RunStart:
         job = self._job
-        per_epoch = job.loader.batches_per_epoch
         return RunStart(
-            epochs=job.epochs,
+            epochs=job.limits.epochs,
             step=self._state.step,
-            steps=None if per_epoch is None else job.epochs * per_epoch,
-            steps_per_epoch=per_epoch,
+            steps=self._steps_in_all(),
+            steps_per_epoch=job.loader.batches_per_epoch,
             samples_per_epoch=job.loader.samples_per_epoch,
             parameters=sum(array.size for array in self._state.params.values()),
         )
 
     def __repr__(self) -> str:
-        told = self._reason if self._ended.is_set() else "running"
-        return f"<Run {told}, step {self._state.step}, epoch {self._state.cursor.epoch + 1} of {self._job.epochs}>"
+        told = self._reason if self._ended.is_set() else "paused" if self._paused else "running"
+        epochs = "" if self._job.limits.epochs is None else f" of {self._job.limits.epochs}"
+        return f"<Run {told}, step {self._state.step}, epoch {self._state.cursor.epoch + 1}{epochs}>"
+
+
+def _is_epoch_over(state: TrainState) -> bool:
+    """Return whether the epoch before the cursor's is done and its end not yet told."""
+    return state.cursor.position == 0 and state.sums.samples > 0

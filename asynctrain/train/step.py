@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TypeVar
 
 import numpy as np
 
 from asynctrain.arena import Arena
-from asynctrain.errors import DivergenceError
+from asynctrain.errors import DivergenceError, WeightlessBatchError
 from asynctrain.executors.base import Session
 from asynctrain.nn.model import Model
-from asynctrain.optim.apply import update_into
-from asynctrain.optim.transforms import Optimizer
+from asynctrain.optim.apply import bound, measured, update_into
+from asynctrain.optim.transforms import Optimizer, rescaled
 from asynctrain.train.state import TrainState
 from asynctrain.types import Batch, GradientResult, GradientWork, Sums
 
@@ -76,10 +76,12 @@ class TrainStep:
         self._optimizer = optimizer
         self._microbatch = microbatch
         self._threads = threads
+        self._rescaled: tuple[float, Optimizer] | None = None  # and by what
 
     async def begin(self, state: TrainState) -> TrainState:
         """Return ``state`` in arrays of this object's own, broadcast and ready for the first step."""
         self._parts = _parts(state.params)
+        self._handed_out = False
         self._gradients = state.params.layout.empty()
         self._statistics = self._model.statistics_layout.empty()
         self._spare = state.writable_copy()
@@ -94,12 +96,15 @@ class TrainStep:
 
         Raises:
             DivergenceError: the loss or a gradient is not finite.
+            WeightlessBatchError: the samples' weights sum to 0.
         """
         sums = await self._reduced_gradients(state, batch)
         squares = await self._for_each_part(self._sum_of_squares)
         if not math.isfinite(sums.loss) or not math.isfinite(sum(squares)):
             raise DivergenceError(state.step + 1, sums.mean_loss)
-        await self._for_each_part(partial(self._update, state, 1.0 / sums.weight))
+        if not sums.weight:
+            raise WeightlessBatchError(state.step + 1)
+        await self._update(state, 1.0 / sums.weight)
         self._model.fold(state.model_state, self._statistics, sums.samples, self._spare.model_state)
         following = replace(
             state,
@@ -109,9 +114,18 @@ class TrainStep:
             step=state.step + 1,
             cursor=batch.cursor,
         )
-        self._spare = state
+        self._spare = state.writable_like() if self._handed_out else state
+        self._handed_out = False
         await self._session.broadcast(following.params, following.model_state, following.step)
         return following, sums
+
+    def hand_out(self, state: TrainState) -> TrainState:
+        """Return ``state``, the one that was returned last, read-only and for ever: no step writes its arrays again.
+
+        Nothing is copied: the step after the next one gets other arrays to write.
+        """
+        self._handed_out = True
+        return state.read_only()
 
     async def _reduced_gradients(self, state: TrainState, batch: Batch) -> Sums:
         """Leave the batch's summed gradients and statistics in ``self._gradients`` and ``self._statistics``.
@@ -161,10 +175,35 @@ class TrainStep:
         stretch = self._gradients.vector[part.stretch]
         return float(np.dot(stretch, stretch))
 
-    def _update(self, state: TrainState, scale: float, part: _Part) -> None:
-        self._gradients.vector[part.stretch] *= scale
+    async def _update(self, state: TrainState, scale: float) -> None:
+        """Write parameters and optimizer state after the gradients times ``scale`` into ``self._spare``."""
+        optimizer = self._optimizer_at(state.learning_rate_scale)
+        if optimizer.reduction:
+            measures = await self._for_each_part(partial(self._measure_part, state, scale))
+            optimizer = bound(optimizer, chain.from_iterable(measures))
+        await self._for_each_part(partial(self._update_part, optimizer, state, scale))
+
+    def _optimizer_at(self, learning_rate_scale: float) -> Optimizer:
+        if self._rescaled is None or self._rescaled[0] != learning_rate_scale:
+            plain = learning_rate_scale == 1.0
+            optimizer = self._optimizer if plain else rescaled(self._optimizer, learning_rate_scale)
+            self._rescaled = learning_rate_scale, optimizer
+        return self._rescaled[1]
+
+    def _measure_part(self, state: TrainState, scale: float, part: _Part) -> list[Sequence[float]]:
+        return measured(
+            self._optimizer_at(state.learning_rate_scale),
+            part.names,
+            state.params,
+            self._gradients,
+            state.optimizer_state,
+            state.step,
+            scale,
+        )
+
+    def _update_part(self, optimizer: Optimizer, state: TrainState, scale: float, part: _Part) -> None:
         update_into(
-            self._optimizer,
+            optimizer,
             part.names,
             state.params,
             self._gradients,
@@ -172,4 +211,5 @@ class TrainStep:
             state.step,
             self._spare.params,
             self._spare.optimizer_state,
+            scale=scale,
         )

@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 from asynctrain._aio import ServingGroup, in_thread
 from asynctrain._version import __version__
 from asynctrain.executors.base import Executor
 from asynctrain.executors.fingerprint import numeric_fingerprint
-from asynctrain.inference.evaluate import Evaluation, evaluate
+from asynctrain.inference.evaluate import Evaluation, Metric, evaluate
 from asynctrain.nn import losses
+from asynctrain.nn.losses import LossFunction
 from asynctrain.nn.model import Model
 from asynctrain.optim.apply import initial_state
 from asynctrain.optim.transforms import Optimizer
 from asynctrain.randomness import require_seed
+from asynctrain.train.checkpoint import Checkpoint
+from asynctrain.train.control import Limits
+from asynctrain.train.controllers import Controller
+from asynctrain.train.events import Event
 from asynctrain.train.history import History
-from asynctrain.train.run import Job, Run
-from asynctrain.train.run_folder import RunFolder
+from asynctrain.train.run import Callback, Job, Run
+from asynctrain.train.run_folder import RunFolder, open_run
+from asynctrain.train.saving import Saving
 from asynctrain.train.state import TrainState
-from asynctrain.types import BatchStream, Normalization, Program
+from asynctrain.types import JSON, BatchStream, Normalization, Program
+
+
+class Options(TypedDict, total=False):
+    """What ``fit``, ``start`` and ``resume`` can be asked for.
+
+    Attributes:
+        epochs: how many passes over the data there are in all, above 0.
+        steps: how many steps in all, those before a resume included.
+        samples: how many samples in all; the step that reaches it is the last.
+        seconds: how long this attempt may take; the step in which they pass is the last.
+        validate: a dataset, or a loader of its own, to be evaluated after each epoch.
+        validate_every: evaluate after every so many steps instead.
+        metrics: what evaluations tell besides loss and accuracy, see ``asynctrain.metrics``.
+        callbacks: functions or coroutine functions of an event, called in their order before the training goes on; an
+            error in one is the run's.
+        controllers: what decides about the run, such as ``EarlyStopping`` and ``ReduceOnPlateau``.
+        run_dir: a new folder for configuration, events, checkpoints and model.
+        checkpoints: when the state is saved to ``run_dir``; by default after each epoch and every minute.
+        resume: a run folder or checkpoint file to go on from; the run stays in its folder unless ``run_dir`` is given.
+        bits: ``"same"`` refuses to resume where another machine's bits would come out, ``"close"`` does not.
+        state: where to go on, for example ``trainer.state`` after a cancellation; by default the initial state.
+        config: what else is to be written into the run's ``config.toml``.
+    """
+
+    epochs: int | None
+    steps: int | None
+    samples: int | None
+    seconds: float | None
+    validate: Any
+    validate_every: int | None
+    metrics: Sequence[Metric]
+    callbacks: Sequence[Callback]
+    controllers: Sequence[Controller]
+    run_dir: str | PathLike[str] | None
+    checkpoints: Saving
+    resume: str | PathLike[str] | None
+    bits: Literal["same", "close"]
+    state: TrainState | None
+    config: Mapping[str, Any]
+
+
+class _Found(NamedTuple):
+    """A run to go on with."""
+
+    folder: RunFolder
+    state: TrainState
+    earlier: Sequence[Event]
 
 
 class Trainer:
@@ -35,7 +90,7 @@ class Trainer:
         microbatch: the largest number of samples in one piece of work, at least 1. It belongs to the optimisation (it
             decides the order of additions), the number of workers does not.
         seed: of the initial parameters and of dropout, 0 to 2**64 - 1.
-        loss: the name of a function in ``nn.losses``.
+        loss: a loss of ``nn.losses``, or its name: ``nn.losses.softmax_cross_entropy(label_smoothing=0.1)``.
         normalization: how pixels become numbers.
         dtype: of parameters and arithmetic, ``float32`` or ``float64``.
     """
@@ -48,7 +103,7 @@ class Trainer:
         executor: Executor,
         microbatch: int = 32,
         seed: int = 0,
-        loss: str = "softmax_cross_entropy",
+        loss: str | LossFunction = "softmax_cross_entropy",
         normalization: Normalization | None = None,
         dtype: str = "float32",
     ) -> None:
@@ -60,9 +115,10 @@ class Trainer:
         self._optimizer = optimizer
         self._executor = executor
         self._microbatch = microbatch
-        losses.get(loss)
+        described = loss if isinstance(loss, str) else loss.to_json()
+        losses.from_json(described)
         require_seed(seed)
-        self._program = Program(model.to_json(), loss, normalization or Normalization(), dtype, seed)
+        self._program = Program(model.to_json(), described, normalization or Normalization(), dtype, seed)
         self._run: Run | None = None
         self._running = False
 
@@ -76,34 +132,26 @@ class Trainer:
         params = self._model.init(self._program.seed, self._program.dtype)
         return TrainState(self._program, params, initial_state(self._optimizer, params), self._model.init_state())
 
-    async def fit(
-        self,
-        loader: BatchStream,
-        *,
-        epochs: int,
-        validate: Any = None,
-        run_dir: str | PathLike[str] | None = None,
-        state: TrainState | None = None,
-    ) -> History:
+    async def fit(self, loader: BatchStream, **options: Unpack[Options]) -> History:
         """Train to the end and return the history; the arguments are those of ``start``.
 
         Cancelling it stops the computing and leaves the last state on ``trainer.state`` (and, with ``run_dir``, in a
-        file); ``asyncio.timeout`` around it works.
+        checkpoint); ``asyncio.timeout`` around it works.
         """
-        async with self.start(loader, epochs=epochs, validate=validate, run_dir=run_dir, state=state) as run:
+        async with self.start(loader, **options) as run:
             await run.task  # directly, so that a cancellation reaches the kernels in the same call
             return run.history()
 
+    async def resume(self, path: str | PathLike[str], loader: BatchStream, **options: Unpack[Options]) -> History:
+        """Go on from a checkpoint, in mid-epoch too, to the end: ``fit`` with ``resume=path``.
+
+        With the same loader and options the run ends with the bits of one that was never stopped.
+        """
+        options["resume"] = path
+        return await self.fit(loader, **options)
+
     @asynccontextmanager
-    async def start(
-        self,
-        loader: BatchStream,
-        *,
-        epochs: int,
-        validate: Any = None,
-        run_dir: str | PathLike[str] | None = None,
-        state: TrainState | None = None,
-    ) -> AsyncIterator[Run]:
+    async def start(self, loader: BatchStream, **options: Unpack[Options]) -> AsyncIterator[Run]:
         """Start a run: ``async with trainer.start(loader, epochs=10) as run: async for event in run: ...``.
 
         Leaving the block before the run's end cancels it. A failure is raised where the run is listened to or awaited,
@@ -111,34 +159,21 @@ class Trainer:
 
         Args:
             loader: the batches to train on.
-            epochs: how many there are in all, at least 1.
-            validate: a dataset, or a loader of its own, to be evaluated after each epoch.
-            run_dir: a new folder for configuration, history and model.
-            state: where to go on, for example ``trainer.state`` after a cancellation; by default the initial state.
+            options: see ``Options``; at least one of ``epochs``, ``steps``, ``samples`` and ``seconds``.
 
         Raises:
             ValueError: an argument is out of range, or model and loader do not fit.
-            FileExistsError: ``run_dir`` holds a run already.
+            FileExistsError: ``run_dir`` holds a run already, and it is not the one to resume.
+            FileNotFoundError: there is nothing at ``resume``.
+            CheckpointError: what is at ``resume`` cannot be used here; the message says what differs.
+            FingerprintError: this machine would give other bits, and ``bits`` is not ``"close"``.
             RuntimeError: this trainer has a run under way.
         """
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {epochs}")
-        self._require_fit(loader)
         if self._running:
             raise RuntimeError("this trainer has a run under way; start another with a Trainer of its own")
-        job = Job(
-            model=self._model,
-            optimizer=self._optimizer,
-            executor=self._executor,
-            microbatch=self._microbatch,
-            loader=loader,
-            epochs=epochs,
-            validation=self._validation_stream(loader, validate),
-            folder=RunFolder(Path(run_dir)) if run_dir is not None else None,
-        )
-        if job.folder:
-            await job.folder.create(await in_thread(self._config, job))
-        run = self._run = Run(job, state or self.initial_state())
+        self._require_fit(loader)
+        job, state, earlier = await self._begin(loader, options)
+        run = self._run = Run(job, state, earlier)
         self._running = True
         try:
             async with ServingGroup() as group:
@@ -147,6 +182,65 @@ class Trainer:
         finally:
             self._running = False
         run.raise_error()
+
+    async def _begin(self, loader: BatchStream, options: Options) -> tuple[Job, TrainState, Sequence[Event]]:
+        """Return what is to be done, from where, and what was told before."""
+        describe = partial(self._described, loader)
+        state = options.get("state") or self.initial_state()
+        earlier: Sequence[Event] = ()
+        run_dir, resume = options.get("run_dir"), options.get("resume")
+        folder = None if run_dir is None else RunFolder(Path(run_dir))
+        if resume is not None:
+            found = await in_thread(self._found, Path(resume), describe, options.get("bits", "same"))
+            state, folder = found.state, folder or found.folder
+            earlier = found.earlier if folder.path.resolve() == found.folder.path.resolve() else ()
+        job = self._job(loader, options, folder, describe)
+        if folder is not None and not earlier:
+            await in_thread(self._create, folder, job, options)
+        return job, state, earlier
+
+    def _create(self, folder: RunFolder, job: Job, options: Options) -> None:
+        folder.create(self._config(job, options))
+
+    def _job(
+        self,
+        loader: BatchStream,
+        options: Options,
+        folder: RunFolder | None,
+        describe: Callable[[TrainState], Checkpoint],
+    ) -> Job:
+        return Job(
+            model=self._model,
+            optimizer=self._optimizer,
+            executor=self._executor,
+            microbatch=self._microbatch,
+            loader=loader,
+            limits=Limits(options.get("epochs"), options.get("steps"), options.get("samples"), options.get("seconds")),
+            validation=self._validation_stream(loader, options.get("validate")),
+            validate_every=options.get("validate_every"),
+            metrics=tuple(options.get("metrics", ())),
+            callbacks=tuple(options.get("callbacks", ())),
+            controllers=_named(options.get("controllers", ())),
+            saving=options.get("checkpoints", Saving()),
+            folder=folder,
+            describe=describe,
+        )
+
+    def _found(self, path: Path, describe: Callable[[TrainState], Checkpoint], bits: str) -> _Found:
+        """Return what is at ``path``, checked against this trainer. Blocks."""
+        folder, file, saved = open_run(path)
+        saved.require(file, describe(self.initial_state()), bits)
+        return _Found(folder, saved.state, folder.events.read())
+
+    def _described(self, loader: BatchStream, state: TrainState) -> Checkpoint:
+        fingerprint = numeric_fingerprint()
+        return Checkpoint(state, self._optimizer_json(), self._microbatch, loader.description, fingerprint, __version__)
+
+    def _optimizer_json(self) -> JSON:
+        try:
+            return self._optimizer.to_json()
+        except TypeError:  # a function of the user's own, which can only be told
+            return {"repr": repr(self._optimizer)}
 
     async def evaluate(self, data: BatchStream, state: TrainState | None = None) -> Evaluation:
         """Return loss and accuracy of ``state`` (by default ``trainer.state``) over one epoch of ``data``, a loader."""
@@ -175,20 +269,30 @@ class Trainer:
                 f"the model has outputs of shape {outputs} for the {len(loader.classes)} classes of the data"
             )
 
-    def _config(self, job: Job) -> dict[str, Any]:
-        return {
-            "asynctrain": __version__,
+    def _config(self, job: Job, options: Options) -> dict[str, Any]:
+        """Return what the run was asked to do, as plain values."""
+        return dict(options.get("config", {})) | {
+            "run": {
+                "asynctrain": __version__,
+                **asdict(job.limits),
+                "microbatch": self._microbatch,
+                "validate_every": job.validate_every,
+                "checkpoints": asdict(job.saving),
+                "controllers": [repr(controller) for controller in job.controllers],
+                "executor": repr(self._executor),
+            },
+            "optimizer": self._optimizer_json(),
+            "data": job.loader.description,
             "program": self._program.to_json(),
-            "optimizer": repr(self._optimizer),
-            "executor": repr(self._executor),
-            "microbatch": self._microbatch,
-            "epochs": job.epochs,
-            "image_shape": job.loader.image_shape,
-            "classes": job.loader.classes,
-            "samples_per_epoch": job.loader.samples_per_epoch,
-            "batches_per_epoch": job.loader.batches_per_epoch,
             "fingerprint": numeric_fingerprint(),
         }
 
     def __repr__(self) -> str:
         return f"<Trainer of {self._model!r} on {self._executor!r}>"
+
+
+def _named(controllers: Sequence[Controller]) -> tuple[Controller, ...]:
+    names = [controller.name for controller in controllers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"controllers must have names of their own, got {', '.join(names)}")
+    return tuple(controllers)

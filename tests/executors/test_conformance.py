@@ -46,6 +46,22 @@ async def test_gradients_have_the_bits_of_the_inline_executor(home: Callable[[],
         assert await gradients(executor, WORK[1]) == await gradients(reference, WORK[1])
 
 
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet"])
+async def test_gradients_and_statistics_of_nested_layers_have_those_bits_too(
+    home: Callable[[], Executor], name: str
+) -> None:
+    model = nn.models.get(name)(num_classes=10, image_shape=(12, 12, 1))
+
+    async def bits(executor: Executor) -> tuple[bytes, bytes]:
+        async with executor.open(Program(model.to_json(), seed=1)) as session:
+            await session.broadcast(model.init(0), {}, 0)
+            result = await session.compute(WORK[1], 0)
+            return result.gradients.vector.tobytes(), result.statistics.vector.tobytes()
+
+    async with InlineExecutor() as reference, home() as executor:
+        assert await bits(executor) == await bits(reference)
+
+
 async def test_two_sessions_interleaved_do_not_see_each_other(home: Callable[[], Executor]) -> None:
     other = MODEL.init(7)
     async with home() as executor, executor.open(PROGRAM) as first, executor.open(PROGRAM) as second:

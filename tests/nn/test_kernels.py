@@ -75,7 +75,7 @@ def test_the_three_parts_of_a_tiled_convolution_are_transposes_of_one_another(ch
 def test_tiles_cover_each_output_once_and_keep_their_columns_small() -> None:
     for output in [(32, 28, 28, 6), (1, 1, 1, 1), (7, 100, 90, 32), (3, 5, 4000, 8)]:
         for window, channels in [((3, 3), 1), ((5, 5), 6), ((1, 1), 3), ((3, 3), 64)]:
-            plan = conv.tiling(output, window, channels, 4)
+            plan = conv.tiling(output, conv.Geometry(window), channels, 4)
             covered = np.zeros(output[:2], int)
             for tile in plan.cut(output):
                 covered[tile] += 1

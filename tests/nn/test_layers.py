@@ -291,7 +291,7 @@ def test_a_registered_layer_of_ones_own_works_in_a_model_and_in_json() -> None:
         (
             lambda: layer_from_json({"layer": "conv2d", "filters": 1, "padding": "full"}),
             ValueError,
-            "padding must be 'same', 'valid' or an integer, got 'full'",
+            "padding must be 'same', 'valid', an integer, two, or two pairs, got 'full'",
         ),
         (lambda: Conv2D(1, padding=-1), ValueError, "conv2d: padding must be at least 0, got -1"),
         (lambda: MaxPool2D(0), ValueError, "max_pool2d: size must be at least 1, got 0"),
@@ -312,8 +312,8 @@ def test_a_registered_layer_of_ones_own_works_in_a_model_and_in_json() -> None:
             ValueError,
             r"sequential1: max_pool1: max_pool2d needs an input of shape \(height, width, channels\), got \(16,\)",
         ),
-        (lambda: Model([MaxPool2D(5)], (4, 4, 1)), ValueError, "max_pool1: max_pool2d with size 5 .*, got 4x4"),
-        (lambda: layer_from_json({"layer": "conv3d"}), ValueError, "layer must be one of conv2d, .*, got 'conv3d'"),
+        (lambda: Model([MaxPool2D(5)], (4, 4, 1)), ValueError, "max_pool1: max_pool2d with size 5x5 .*, got 4x4"),
+        (lambda: layer_from_json({"layer": "conv3d"}), ValueError, "layer must be one of .*, conv2d, .*, got 'conv3d'"),
         (
             lambda: layer_from_json({"layer": "dense", "unit": 3}),
             ValueError,

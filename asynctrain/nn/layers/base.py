@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from math import prod
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from asynctrain.arena import Array, Shape
@@ -65,6 +66,20 @@ class Layer:
             samples: in the step, at least 1.
             out: where the new state goes; may be ``state`` itself.
         """
+
+    def flops(self, input_shape: Shape) -> int:
+        """Return the operations of one sample's forward pass; by default one for each element of y.
+
+        A multiply-add is two operations, a comparison, a root or an exponential is one, a copy is none.
+        """
+        return prod(self.output_shape(input_shape))
+
+    def activations(self, input_shape: Shape) -> int:
+        """Return how many numbers one sample's forward pass leaves for the backward pass; by default those of y.
+
+        y counts unless it is a view of x, and so do copies of x that are kept; scratch does not.
+        """
+        return prod(self.output_shape(input_shape))
 
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, Any]:
         """Return y, and whatever the backward functions want saved."""

@@ -44,6 +44,10 @@ class Dense(Layer):
             "bias": Parameter((self.units,), "zeros"),
         }
 
+    def flops(self, input_shape: Shape) -> int:
+        """2 I O, the bias being the first term of each sum."""
+        return 2 * input_shape[0] * self.units
+
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, Array]:
         """y = x W + b."""
         y = scope.empty("y", (len(x), self.units), x.dtype)

@@ -1,0 +1,254 @@
+"""3x3 convolution of stride 1 by Winograd's minimal filtering F(4x4, 3x3), and its two derivatives.
+
+After Lavin and Gray 2016, arXiv:1509.09308. The output is cut into tiles of 4x4 pixels, each of which sees 6x6 pixels d
+of the image. With g a 3x3 filter, and * element by element,
+
+    y = A^T [ sum_c (G g_c G^T) * (B^T d_c B) ] A
+
+takes 36 multiplications for 16 outputs where the definition takes 144. With both axes of a tile in one, B^T d B is one
+product with a 36x36 matrix, A^T m A with a 16x36 one. The products with filters, summed over channels and for many
+tiles at once, are 36 matrix products. The work goes in blocks of tiles that stay in the second-level cache.
+
+Letters as in ``conv``; th x tw tiles cover an output, T tiles make a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from asynctrain.arena import Array, Shape
+from asynctrain.nn.kernels.conv import Pair, place
+
+TILE = 4  # pixels of the output along each axis of a tile
+SEEN = 6  # of the input
+MARGIN = SEEN - TILE
+TILES = 96  # in a block, at most
+
+
+class _Matrices(NamedTuple):
+    """The transforms of both axes at once, tiles and filters as columns of their pixels in row order."""
+
+    image: Array  # B^T (x) B^T, (36, 36)
+    filter: Array  # G (x) G, (36, 9)
+    output: Array  # A^T (x) A^T, (16, 36)
+
+
+# The interpolation points, besides infinity. As each is the negative or the inverse of the others, the error is a
+# fifth of that with the usual 0, 1, -1, 2, -2, whose merit, small integers, is none in a matrix product.
+POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
+
+
+@lru_cache(maxsize=4)
+def _matrices(dtype: np.dtype[Any]) -> _Matrices:
+    """Return the transforms by the construction of Toom and Cook."""
+    points = np.array(POINTS)
+    A, B, G = np.zeros((SEEN, TILE)), np.zeros((SEEN, SEEN)), np.zeros((SEEN, 3))
+    A[:-1], A[-1, -1] = np.vander(points, TILE, increasing=True), 1
+    G[:-1], G[-1, -1] = np.vander(points, 3, increasing=True), 1
+    for row in range(len(points)):
+        others = np.delete(points, row)
+        G[row] /= np.prod(points[row] - others)
+        B[row, :-1] = np.poly(others)[::-1]
+    B[-1] = np.poly(points)[::-1]
+    return _Matrices(*(np.kron(matrix, matrix).astype(dtype) for matrix in (B, G, A.T)))
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How the tiles of one convolution are blocked; ``images`` is above 1 only where ``rows`` is the whole height."""
+
+    images: int
+    rows: int  # of tiles
+    across: int  # tw
+    down: int  # th
+
+    @property
+    def tiles(self) -> int:
+        """T, in a whole block."""
+        return self.images * self.rows * self.across
+
+    def scratch(self, channels: int) -> Shape:
+        """The shape of the three pieces of scratch memory, ``channels`` being the larger of C and F."""
+        pixels = self.images * (self.rows * TILE + MARGIN) * (self.across * TILE + MARGIN)
+        return 3, max(pixels, self.tiles * SEEN * SEEN) * channels
+
+    def cut(self, images: int) -> Iterator[tuple[slice, slice]]:
+        """Yield the blocks as slices of the images and of the rows of tiles."""
+        for image in range(0, images, self.images):
+            for row in range(0, self.down, self.rows):
+                yield slice(image, min(images, image + self.images)), slice(row, min(self.down, row + self.rows))
+
+
+@lru_cache(maxsize=256)
+def blocks(output: Shape) -> Blocks:
+    """Return the blocks for an ``output`` of shape (N, h, w, F)."""
+    N, h, w, _ = output
+    down, across = -(-h // TILE), -(-w // TILE)
+    rows = max(1, TILES // across)
+    return Blocks(min(N, max(1, rows // down)), min(rows, down), across, down)
+
+
+@lru_cache(maxsize=256)
+def pays(output: Shape, channels: int) -> bool:
+    """Return whether this is faster than columns (``conv``) for an ``output`` (N, h, w, F) and C ``channels``.
+
+    A rule of the shapes, fitted to measurements, that counts multiply-adds: those of the products, and as many as
+    copying a pixel's windows (5 for each channel in and out), transforming a tile (50) and transforming the filters (30
+    tiles' worth) cost in time.
+    """
+    N, h, w, F = output
+    tiles = N * -(-h // TILE) * -(-w // TILE)
+    products, channels_in_all = channels * F, channels + F
+    by_columns = N * h * w * 9 * (products + 5 * channels_in_all)
+    by_tiles = SEEN * SEEN * (tiles * (products + 50 * channels_in_all) + 30 * products)
+    return by_tiles < by_columns
+
+
+def correlate(
+    x: Array, weight: Array, corner: Pair, *, out: Array, spectrum: Array, scratch: Array, bias: Array | None = None
+) -> Array:
+    """Write y[n, h, w, f] = b[f] + sum_ijc x[n, h + i - top, w + j - left, c] weight[i, j, c, f] and return it.
+
+    x is zero outside the image.
+
+    Args:
+        x: (N, H, W, C), not padded.
+        weight: (3, 3, C, F).
+        corner: (top, left), how many rows and columns of padding come before the image.
+        out: (N, h, w, F).
+        spectrum: scratch (36, C, F).
+        scratch: of shape ``blocks(out.shape).scratch(max(C, F))``.
+        bias: (F,).
+    """
+    plan = blocks(out.shape)
+    F = weight.shape[3]
+    np.matmul(_matrices(x.dtype).filter, weight.reshape(9, -1), out=spectrum.reshape(SEEN * SEEN, -1))
+    bias_row = None if bias is None else np.tile(bias, TILE)
+    for images, rows in plan.cut(len(out)):
+        seen = _transformed(x[images], corner, rows, plan, scratch)
+        T = len(seen)
+        products = _part(scratch[0], (T, SEEN * SEEN, F))
+        np.matmul(seen.swapaxes(0, 1), spectrum, out=products.swapaxes(0, 1))
+        y = np.matmul(_matrices(x.dtype).output, products, out=_part(scratch[1], (T, TILE * TILE, F)))
+        _scatter(y, bias_row, out[images, rows.start * TILE : rows.stop * TILE], plan)
+    return out
+
+
+def correlate_backward_input(
+    weight: Array, dy: Array, corner: Pair, *, out: Array, flipped: Array, spectrum: Array, scratch: Array
+) -> Array:
+    """Write the transpose of ``correlate``, applied to dy, into ``out`` and return it.
+
+    It is a correlation of the same kind: of dy, with the weights flipped in both axes and their channels and filters
+    exchanged.
+
+    Args:
+        weight: (3, 3, C, F).
+        dy: (N, h, w, F).
+        corner: of the forward pass.
+        out: (N, H, W, C), the gradient of the image without its padding.
+        flipped: scratch (3, 3, F, C).
+        spectrum: scratch (36, F, C).
+        scratch: of shape ``blocks(out.shape).scratch(max(C, F))``.
+    """
+    np.copyto(flipped, weight[::-1, ::-1].swapaxes(2, 3))
+    return correlate(dy, flipped, (2 - corner[0], 2 - corner[1]), out=out, spectrum=spectrum, scratch=scratch)
+
+
+def correlate_backward_params(
+    x: Array, dy: Array, corner: Pair, *, out: Array, spectrum: Array, partial: Array, scratch: Array
+) -> Array:
+    """Write dweight[i, j, c, f] = sum_nhw x[n, h + i - top, w + j - left, c] dy[n, h, w, f] and return it.
+
+    It is the transpose of ``correlate`` in the weights: G^T [ sum_tiles (B^T d B) * (A dy A^T) ] G.
+
+    Args:
+        x: (N, H, W, C), not padded.
+        dy: (N, h, w, F).
+        corner: of the forward pass.
+        out: (3, 3, C, F).
+        spectrum: scratch (36, C, F).
+        partial: scratch (36, C, F), one block's share.
+        scratch: of shape ``blocks(dy.shape).scratch(max(C, F))``.
+    """
+    plan = blocks(dy.shape)
+    _, to_filter, to_output = _matrices(x.dtype)
+    for number, (images, rows) in enumerate(plan.cut(len(dy))):
+        seen = _transformed(x[images], corner, rows, plan, scratch)
+        wanted = _gathered(dy[images, rows.start * TILE : rows.stop * TILE], plan, scratch[0])
+        wanted = np.matmul(to_output.T, wanted, out=_part(scratch[2], (len(seen), SEEN * SEEN, dy.shape[3])))
+        share = spectrum if number == 0 else partial
+        np.matmul(seen.transpose(1, 2, 0), wanted.swapaxes(0, 1), out=share)
+        if number > 0:
+            np.add(spectrum, partial, out=spectrum)
+    np.matmul(to_filter.T, spectrum.reshape(SEEN * SEEN, -1), out=out.reshape(9, -1))
+    return out
+
+
+def _transformed(x: Array, corner: Pair, rows: slice, plan: Blocks, scratch: Array) -> Array:
+    """Return B^T d B (T, 36, C) for the tiles of some images and ``rows`` of tiles, in ``scratch[1]``."""
+    N, _, _, C = x.shape
+    down, across = rows.stop - rows.start, plan.across
+    padded = _part(scratch[1], (N, down * TILE + MARGIN, across * TILE + MARGIN, C))
+    place(x, (corner[0] - rows.start * TILE, corner[1]), (1, 1), out=padded)
+    n, h, w, c = padded.strides
+    tiles = as_strided(padded, (N, down, across, SEEN, SEEN * C), (n, h * TILE, w * TILE, h, c), writeable=False)
+    gathered = _part(scratch[0], (N * down * across, SEEN * SEEN, C))
+    np.copyto(gathered.reshape(tiles.shape), tiles)
+    transformed = _part(scratch[1], gathered.shape)
+    return np.matmul(_matrices(x.dtype).image, gathered, out=transformed)
+
+
+def _gathered(y: Array, plan: Blocks, scratch: Array) -> Array:
+    """Return a block (n, h, w, F) as tiles (T, 16, F) in ``scratch``, with zeros where there are no pixels."""
+    n, h, w, F = y.shape
+    tiles = _part(scratch, (n, -(-h // TILE), plan.across, TILE, TILE * F))
+    if h % TILE or w % TILE:
+        tiles.fill(0)
+    for pixels, place_in_tile in _regions(y):
+        np.copyto(tiles[place_in_tile], pixels)
+    return tiles.reshape(-1, TILE * TILE, F)
+
+
+def _scatter(y: Array, bias_row: Array | None, out: Array, plan: Blocks) -> None:
+    """Copy tiles (T, 16, F) to their pixels in a block ``out`` (n, h, w, F), adding the bias of a row of a tile."""
+    tiles = y.reshape(len(out), -1, plan.across, TILE, TILE * out.shape[3])
+    for pixels, place_in_tile in _regions(out):
+        source = tiles[place_in_tile]
+        if bias_row is None:
+            np.copyto(pixels, source)
+        else:
+            np.add(source, bias_row[: source.shape[-1]], out=pixels)
+
+
+def _part(scratch: Array, shape: Shape) -> Array:
+    """Return the beginning of one piece of scratch memory as an array of ``shape``."""
+    return scratch[: prod(shape)].reshape(shape)
+
+
+def _regions(y: Array) -> Iterator[tuple[Array, tuple[slice, ...]]]:
+    """Yield views (n, th, tw, p, q F) of ``y`` (n, h, w, F) whose tiles all have p x q pixels, and their place in all.
+
+    There is one where the tiles fit, and up to four where those at the end have fewer pixels.
+    """
+    n, h, w, F = y.shape
+    for (tall, th, p), (wide, tw, q) in product(_runs(h), _runs(w)):
+        part = y[:, tall, wide].reshape(n, -1, p, (wide.stop - wide.start) // q, q * F)
+        yield part.swapaxes(2, 3), (slice(None), th, tw, slice(p), slice(q * F))
+
+
+def _runs(length: int) -> Iterator[tuple[slice, slice, int]]:
+    """Yield the pixels, the tiles, and the pixels in each: of the whole tiles, then of the last one if it is not."""
+    whole, rest = divmod(length, TILE)
+    if whole:
+        yield slice(0, whole * TILE), slice(0, whole), TILE
+    if rest:
+        yield slice(whole * TILE, length), slice(whole, whole + 1), rest

@@ -1,0 +1,132 @@
+"""The log of a run: its events, on disk before anyone hears of them, for any number of listeners."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from asynctrain.train.events import Event, Missed, from_json, to_json
+
+E = TypeVar("E", bound=Event)
+
+
+class EventLog:
+    """The events of one run, numbered, for any number of listeners.
+
+    Publishing never waits. With a file, events are appended to it, many at a time where they come fast, and delivered
+    when they are there. The log keeps the last ``capacity`` delivered events (a few hundred bytes each), so a listener
+    that falls further behind gets ``Missed`` in the place of those that are gone.
+
+    Args:
+        file: where events are appended as JSON lines; None for nowhere.
+        earlier: the events of the run before it was started again; numbers go on after theirs.
+        capacity: how many are kept.
+    """
+
+    def __init__(self, file: EventFile | None = None, earlier: Sequence[Event] = (), capacity: int = 65_536) -> None:
+        self._file = file
+        self._kept: deque[Event] = deque(earlier, maxlen=capacity)
+        self._pending: deque[Event] = deque()  # published, and not yet in the file
+        self._published = self._delivered = earlier[-1].number + 1 if earlier else 0
+        self._closed = False
+        self._news = asyncio.Event()  # for listeners
+        self._work = asyncio.Event()  # for the writer
+        self.error: OSError | None = None  # why the file could not be written; events are delivered all the same
+
+    def publish(self, event: E) -> E:
+        """Append ``event`` and return it with its number and time."""
+        numbered = replace(event, number=self._published, time=time.time())
+        self._published += 1
+        if self._file is None or self.error is not None:
+            self._deliver([numbered])
+        else:
+            self._pending.append(numbered)
+            self._work.set()
+        return numbered
+
+    async def write(self, threads: ThreadPoolExecutor) -> None:
+        """Append what is published to the file and deliver it, until the log is closed; the body of a task."""
+        loop = asyncio.get_running_loop()
+        while not self._closed:
+            await self._work.wait()
+            self._work.clear()
+            events = list(self._pending)
+            if events and self._file is not None and self.error is None:
+                try:
+                    await loop.run_in_executor(threads, self._file.append, events)
+                except OSError as error:
+                    self.error = error
+            for _ in events:
+                self._pending.popleft()
+            self._deliver(events)
+
+    async def close(self) -> None:
+        """Wait until all that was published is delivered, then let the listeners end."""
+        while self._pending:
+            await self._news.wait()
+        self._closed = True
+        self._work.set()
+        self._wake()
+
+    def end(self) -> None:
+        """Deliver what was published, in the file or not, and let the listeners end; nothing after ``close``."""
+        self._deliver(list(self._pending))
+        self._pending.clear()
+        self._closed = True
+        self._wake()
+
+    async def follow(self, number: int = 0) -> AsyncIterator[Event]:
+        """Yield the events from ``number`` on until the log is closed."""
+        while True:
+            news = self._news
+            while number < self._delivered:
+                oldest = self._delivered - len(self._kept)
+                if number < oldest:
+                    yield Missed(number, oldest - 1, number=number)
+                    number = oldest
+                else:
+                    number += 1
+                    yield self._kept[number - 1 - oldest]
+            if self._closed and number >= self._delivered:
+                return
+            await news.wait()
+
+    def _deliver(self, events: list[Event]) -> None:
+        self._kept.extend(events)
+        self._delivered += len(events)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+
+class EventFile:
+    """Events as lines of JSON; a last line that a crash has torn is cut off when the file is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Event]:
+        """Return the events of all whole lines, and cut off what is behind them. Blocks."""
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+        return [from_json(json.loads(line)) for line in content[:whole].splitlines()]
+
+    def append(self, events: list[Event]) -> None:
+        """Append events. Blocks; raises ``OSError``."""
+        lines = "".join(json.dumps(to_json(event)) + "\n" for event in events)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(lines)

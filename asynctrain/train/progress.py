@@ -1,0 +1,53 @@
+"""How far a run is, at a glance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+
+BEAT = 0.05  # seconds between two looks at how late the loop is
+MEMORY = 0.05  # share of each look in the running maximum's decay
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A moment of a run.
+
+    Attributes:
+        epoch: from 1.
+        step: how many were applied.
+        steps: how many there are to be in all; None where only the end will tell.
+        loss: of the last batch; NaN before the first.
+        metrics: of the last batch, and what the last evaluation found under ``validation.loss`` and so on.
+        samples_per_second: since the start, pauses not counted.
+        eta: seconds that are left; None where ``steps`` is.
+        loop_lag: how late the event loop came lately, in seconds: a slowly forgotten maximum.
+        paused: whether the run waits for ``resume()``.
+    """
+
+    epoch: int
+    step: int
+    steps: int | None
+    loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    samples_per_second: float = 0.0
+    eta: float | None = None
+    loop_lag: float = 0.0
+    paused: bool = False
+
+
+class Heartbeat:
+    """Notices how late the event loop comes."""
+
+    def __init__(self) -> None:
+        self.lag = 0.0
+
+    async def beat(self) -> None:
+        """Look every 50 ms, for ever; the body of a task."""
+        while True:
+            start = perf_counter()
+            await asyncio.sleep(BEAT)
+            late = max(0.0, perf_counter() - start - BEAT)
+            self.lag = max(late, self.lag * (1 - MEMORY))
