@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench-kernels bench-learning bench-loading bench-loop bench-sources clean
+.PHONY: help demo test soak check bench-kernels bench-learning bench-loading bench-loop bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed ## train a classifier of handwritten digits from image 
 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(RUN) -m pytest
+
+soak: $(VENV)/.installed-dev ## run the long tests, in at most an hour (SOAK=quick: in some minutes)
+	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak
 
 check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
@@ -39,6 +42,9 @@ bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a hea
 
 bench-sources: $(VENV)/.installed-dev ## measure how near the loader comes to the rate of slow sources
 	$(RUN) -m benchmarks.sources
+
+bench-training: $(VENV)/.installed-bench $(PEERS)/.installed ## train from image files, in whole processes, side by side with PyTorch (wants ASYNCTRAIN_DATA)
+	$(RUN) -m benchmarks.training
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,9 @@ A training run is awaited, cancelled and followed like any other coroutine, and 
 gradients were computed.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from asynctrain import data, errors, nn, optim
 from asynctrain._version import __version__
 
@@ -19,30 +22,55 @@ from asynctrain.inference import Classifier, Evaluation, Prediction
 # Models: ready ones, and layers to build others of
 from asynctrain.nn import Model, models
 
-# Training: a run, what it tells as it goes, and what it leaves
-from asynctrain.train import History, Run, Trainer, TrainState, events
+# Training: a run, what it tells as it goes, who listens, and what it leaves
+from asynctrain.train import History, Progress, Run, Trainer, TrainState, events
+
+# What decides about a run, and when it is saved
+from asynctrain.train.controllers import Controller, Decision, EarlyStopping, KeepBest, ReduceOnPlateau
+from asynctrain.train.saving import Saving
 
 # What flows between them
 from asynctrain.types import Batch, Cursor, Normalization, Program, Record
+
+# Who listens, and what is measured: imported when they are first asked for, as most programs need neither
+if TYPE_CHECKING:
+    from asynctrain import metrics
+    from asynctrain.train import callbacks
+
+_LATE = {"callbacks": "asynctrain.train.callbacks", "metrics": "asynctrain.metrics"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(_LATE[name])
+
 
 __all__ = [
     "ArrayDataset",
     "Batch",
     "Classifier",
+    "Controller",
     "Cursor",
+    "Decision",
+    "EarlyStopping",
     "Evaluation",
     "Executor",
     "History",
     "ImageFolder",
     "InlineExecutor",
+    "KeepBest",
     "Loader",
     "Model",
     "Normalization",
     "Pipeline",
     "Prediction",
     "Program",
+    "Progress",
     "Record",
+    "ReduceOnPlateau",
     "Run",
+    "Saving",
     "Session",
     "StreamLoader",
     "ThreadExecutor",
@@ -50,9 +78,11 @@ __all__ = [
     "Trainer",
     "__version__",
     "augment",
+    "callbacks",
     "data",
     "errors",
     "events",
+    "metrics",
     "models",
     "nn",
     "numeric_fingerprint",

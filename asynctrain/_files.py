@@ -13,8 +13,8 @@ PIECE = 4 * 2**20  # bytes between two questions whether to stop
 def write_whole(path: Path, content: bytes, stopped: Callable[[], bool] = lambda: False) -> None:
     """Write ``content`` to ``path`` so that a crash at any moment leaves the old file or the new one, whole.
 
-    Blocks. Raises ``OSError``; what was at ``path`` before is then still there and nothing else is left behind. So it
-    is where ``stopped`` says that nobody wants the file any more, but without an error.
+    Blocks. Raises ``OSError`` that names ``path``; what was there before is then still there and nothing else is left
+    behind. So it is where ``stopped`` says that nobody wants the file any more, but without an error.
     """
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
         try:
@@ -27,8 +27,10 @@ def write_whole(path: Path, content: bytes, stopped: Callable[[], bool] = lambda
             os.fsync(temporary.fileno())
             Path(temporary.name).chmod(0o644)
             Path(temporary.name).replace(path)
-        except BaseException:
+        except BaseException as error:
             Path(temporary.name).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                error.filename, error.filename2 = str(path), None  # of a full disk it names no file
             raise
     _sync_folder(path.parent)
 

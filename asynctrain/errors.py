@@ -6,7 +6,10 @@ Wrong arguments are plain ``ValueError`` or ``TypeError``; everything else that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike, fspath
+
+TOLD = 4  # names in a message that could have many
 
 
 class AsyncTrainError(Exception):
@@ -62,18 +65,23 @@ class StaleParametersError(ExecutorError):
 
 
 class DivergenceError(AsyncTrainError):
-    """The loss or a gradient is not finite at ``step``; the state of the step before it is intact."""
+    """The loss or a gradient is not finite at ``step``; the state of the step before it is intact.
 
-    def __init__(self, step: int, loss: float) -> None:
+    ``sources`` are the names of the samples that were in its batch.
+    """
+
+    def __init__(self, step: int, loss: float, sources: Sequence[str] = ()) -> None:
         self.step = step
         self.loss = loss
+        self.sources = tuple(sources)
+        told = ", ".join(self.sources[:TOLD]) + (f" and {len(sources) - TOLD} more" if len(sources) > TOLD else "")
         super().__init__(
             f"training diverged at step {step}: the loss is {loss} or a gradient is not finite; "
-            "a lower learning rate or gradient clipping usually helps"
+            "a lower learning rate or gradient clipping usually helps" + (f"; the batch was {told}" if told else "")
         )
 
-    def __reduce__(self) -> tuple[type[DivergenceError], tuple[int, float]]:
-        return type(self), (self.step, self.loss)
+    def __reduce__(self) -> tuple[type[DivergenceError], tuple[int, float, tuple[str, ...]]]:
+        return type(self), (self.step, self.loss, self.sources)
 
 
 class WeightlessBatchError(AsyncTrainError):

@@ -10,6 +10,7 @@ import numpy as np
 
 from asynctrain.arena import Arena, Array, Layout, Shape
 from asynctrain.nn import initializers
+from asynctrain.nn.kernels import backend
 from asynctrain.nn.layers import Layer
 from asynctrain.nn.layers.containers import Within
 from asynctrain.nn.model import Model
@@ -26,6 +27,7 @@ def check_gradients(
     train: bool = True,
     step: float = 1e-5,
     tolerance: float = 1e-7,
+    kernels: str = "numpy",
 ) -> None:
     """Hold a layer's input and weight gradients against central differences in float64, element by element.
 
@@ -40,6 +42,7 @@ def check_gradients(
         train: whether the pass is one of training.
         step: by which each element is moved either way.
         tolerance: the largest error permitted, relative to the largest gradient or 1, whichever is larger.
+        kernels: of the layers, ``numpy`` or ``numba``.
 
     Raises:
         AssertionError: a gradient is wrong; the message says which, and by how much.
@@ -59,6 +62,7 @@ def check_gradients(
         gradients=gradients,
         state=Within(model.init_state(), name),
         statistics=Within(model.statistics_layout.empty(), name),
+        kernels=backend.get(kernels),
     )
     r = rng.standard_normal((batch, *layer.output_shape(input_shape)))
 

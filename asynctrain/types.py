@@ -30,10 +30,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One labelled image of a dataset, not yet read."""
+    """One labelled image of a dataset, not yet read. weight: how much it counts in the loss, at least 0."""
 
     source: Source
     label: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ class Batch:
 
     images: (N, H, W, C) uint8. labels: (N,) int64, or soft ones (N, K) float32. sources: the name of each sample.
     cursor: the place just after this batch. last: whether it is known to end its epoch (not so where all samples after
-    it turn out to be skipped). skipped: the samples left out since the batch before.
+    it turn out to be skipped). skipped: the samples left out since the batch before. weights: (N,) float32, how much
+    each counts in the loss; None where all count 1.
     """
 
     images: Array
@@ -76,6 +78,7 @@ class Batch:
     cursor: Cursor
     last: bool
     skipped: tuple[Skipped, ...] = ()
+    weights: Array | None = None
 
     @property
     def samples(self) -> int:
@@ -156,6 +159,7 @@ class Program:
         normalization: applied to the pixels by the worker.
         dtype: of parameters and arithmetic, ``float32`` or ``float64``.
         seed: of the dropout masks.
+        kernels: what computes: ``numpy``, or ``numba`` (extra ``numba``), which is faster and differs in the last bits.
     """
 
     architecture: JSON
@@ -163,6 +167,7 @@ class Program:
     normalization: Normalization = field(default_factory=Normalization)
     dtype: str = "float32"
     seed: int = 0
+    kernels: str = "numpy"
 
     def to_json(self) -> JSON:
         """Return the program as JSON values."""
@@ -183,8 +188,9 @@ class Program:
 class GradientWork:
     """One microbatch whose gradient is wanted.
 
-    images: (n, H, W, C) uint8, C-contiguous. labels: (n,) int64. ``microbatch`` counts from 0 to ``of - 1`` within
-    ``step``; together they key the random numbers of dropout.
+    images: (n, H, W, C) uint8, C-contiguous. labels: (n,) int64. weights: (n,) float32, how much each sample counts in
+    the loss, by default 1. ``microbatch`` counts from 0 to ``of - 1`` within ``step``; together they key the random
+    numbers of dropout.
     """
 
     step: int
@@ -192,6 +198,7 @@ class GradientWork:
     of: int
     images: Array
     labels: Array
+    weights: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,7 @@ class ForwardWork:
 
     images: Array
     labels: Array | None = None
+    weights: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 What each side does is in ``benchmarks/steps.py``. A training step is timed from one StepEnd event of the Trainer to the
 next; asynctrain normalises by microbatch (ghost batch norm), the peers by batch. Of the variants of a peer the fastest
-counts. All runs of asynctrain that differ only in where they compute must end with the same parameters, to the bit.
+counts; those that are far behind it after two rounds are left out of the others. All runs of asynctrain that differ
+only in where they compute must end with the same parameters, to the bit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.steps import OURS, PEERS, Job, Result, default_microbatch, missi
 
 BATCH = 128  # of training
 PREDICTED = (1, 64)  # batches of prediction
+NEAR = 1.25  # times the fastest variant's time
 CLOSE = 1e-4  # how far the twin's outputs may be from ours, as a share of the largest; float32 sums in another order
 
 Results = Mapping[Job, list[Result]]
@@ -293,6 +295,27 @@ def left_out() -> tuple[dict[str, str], dict[str, str]]:
     return {side: why for side, why in about["missing"].items() if why}, about["versions"]
 
 
+def rounds(jobs: Iterable[Job], count: int) -> dict[Job, list[Result]]:
+    """Return what so many rounds of all jobs, interleaved, brought."""
+    by_label = {label(job): job for job in jobs}
+    results = interleave({name: partial(run, job) for name, job in by_label.items()}, count)
+    return {by_label[name]: found for name, found in results.items()}
+
+
+def is_near(job: Job, chosen: Iterable[Case], results: Results) -> bool:
+    """Return whether ``job`` is ours, or not far behind the fastest variant of its peer in one of the cases."""
+    if job.side in OURS:
+        return True
+    for case in chosen:
+        family = next((family for family in case.targets if job.side.startswith(family)), None)
+        if job in case.peers and family is not None:
+            variants = [peer for peer in case.peers if peer.side.startswith(family) and peer in results]
+            fastest = min(milliseconds(results[peer], case.batch) for peer in variants)
+            if milliseconds(results[job], case.batch) <= NEAR * fastest:
+                return True
+    return False
+
+
 def shortened(job: Job) -> Job:
     """Return a job with a tenth of the steps, for a look."""
     return replace(job, steps=max(3, job.steps // 10), warm_up=2)
@@ -303,6 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two rounds, a tenth of the steps, for a look")
     parser.add_argument("--only", default="", help="the cases whose name has this in it; writes no results")
+    parser.add_argument("--rounds", type=int, default=10, help="of all sides, those that are far behind aside")
     arguments = parser.parse_args()
     without, versions = left_out()
     with tempfile.TemporaryDirectory() as folder:
@@ -314,8 +338,10 @@ def main() -> None:
             ]
         prepare(Path(folder), dict.fromkeys(case.ours.model for case in chosen), "PyTorch" not in without)
         jobs = dict.fromkeys(job for case in chosen for job in case.jobs if job.side not in without)
-        by_label = interleave({label(job): partial(run, job) for job in jobs}, 2 if arguments.quick else 10)
-    results = {job: by_label[label(job)] for job in jobs}
+        results = rounds(jobs, 2)
+        if not arguments.quick:
+            further = rounds([job for job in jobs if is_near(job, chosen, results)], arguments.rounds - 2)
+            results = {job: [*found, *further.get(job, [])] for job, found in results.items()}
     rows = [*(row for case in chosen for row in rows_of(case, results)), *bit_rows(results)]
     if arguments.only:
         print(table(rows))

@@ -131,10 +131,13 @@ def _words(path: Path) -> list[str]:
 
 
 def open_files() -> dict[int, str]:
-    """Return what each file descriptor of this process points to; empty where the system does not tell."""
+    """Return what each file descriptor of this process points to; empty where the system does not tell.
+
+    Fonts are left out, which matplotlib keeps open, a bounded number of them, for the life of the process.
+    """
     files = {}
     with contextlib.suppress(FileNotFoundError):
         for entry in list(Path("/proc/self/fd").iterdir()):
             with contextlib.suppress(FileNotFoundError):  # the descriptor that the listing itself was read by
                 files[int(entry.name)] = str(entry.readlink())
-    return files
+    return {number: target for number, target in files.items() if not target.endswith(".ttf")}

@@ -20,14 +20,16 @@ errors               |
 arena                | numpy
 randomness           | numpy
 types                | {GROUND} numpy
+metrics              | {GROUND} numpy
 _version             |
 _aio                 | errors asyncio
 _files               |
 nn                   | {GROUND} numpy
+nn.kernels.compiled  | {GROUND} nn.kernels numpy numba
 optim                | {GROUND} numpy
 data                 | {GROUND} _aio _files numpy asyncio PIL aiofiles fsspec imagecodecs simplejpeg
 executors.blas       | {GROUND} threadpoolctl
-executors.fingerprint| {GROUND} numpy threadpoolctl
+executors.fingerprint| {GROUND} numpy threadpoolctl numba llvmlite
 executors.worker     | {GROUND} executors.blas nn numpy threadpoolctl
 executors.ledger     | {GROUND} nn numpy
 executors            | {GROUND} _aio nn numpy asyncio threadpoolctl
@@ -35,6 +37,11 @@ inference            | {GROUND} _aio _files nn data.images executors.base execut
                      | numpy asyncio PIL safetensors
 train                | {GROUND} _version _aio _files nn optim inference metrics
                      | executors.base executors.worker executors.fingerprint numpy asyncio safetensors tomli_w
+train.callbacks      | _aio _files nn inference data.images train tensorboardX
+train.display        | train rich IPython
+train.plots          | train numpy matplotlib
+train.tiles          | {GROUND} data.images
+train.report         | _files train PIL
 """
 
 ANYTHING = ("__init__", "testing", "cli")  # the package's own page, the fakes for tests, and the command line

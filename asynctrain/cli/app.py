@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tomllib
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import asynctrain as at
 from asynctrain.cli import demo as demos
 from asynctrain.cli import info as infos
+from asynctrain.cli import report as reports
 from asynctrain.cli import train as training
 from asynctrain.cli import use
 from asynctrain.cli.process import run
 from asynctrain.cli.recipe import OPTIMIZERS, Recipe, make_executor
+from asynctrain.nn.kernels.backend import get as get_kernels
+from asynctrain.train.run_folder import CONFIG
 
 app = typer.Typer(
     help="Train image classifiers from folders of images.",
@@ -45,10 +50,51 @@ def _known_executor(text: str) -> str:
     return text
 
 
+def _known_kernels(name: str) -> str:
+    try:
+        get_kernels(name)
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return name
+
+
 def _between_0_and_1(share: float) -> float:
     if not 0 < share < 1:
         raise typer.BadParameter(f"holdout must be between 0 and 1, both excluded, got {share}")
     return share
+
+
+def _options_from(context: typer.Context, config: Path | None) -> Path | None:
+    """Let the section [train] of a file say what the options are that are not given."""
+    if config is None:
+        return None
+    if context.default_map:
+        raise typer.BadParameter("--config and --resume exclude each other: the run to resume has a configuration")
+    try:
+        options = tomllib.loads(config.read_text(encoding="utf-8")).get("train")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{config} must be a readable TOML file: {error}") from error
+    if not isinstance(options, dict):
+        raise typer.BadParameter(f"{config} must have a section [train] with options of this command")
+    known = {option.name for option in fields(Recipe)}
+    if unknown := options.keys() - known:
+        raise typer.BadParameter(
+            f"[train] in {config} must have none but {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}"
+        )
+    context.default_map = _as_typed(options)
+    return config
+
+
+def _as_typed(options: dict[str, Any]) -> dict[str, str]:
+    """Return options as if they had been typed, so that they are checked as these are."""
+    return {name: str(value) for name, value in options.items()}
+
+
+def _options_of_run(context: typer.Context, resume: Path | None) -> Path | None:
+    """Let the configuration of the run to resume say what the options are that are not given."""
+    if resume is not None:
+        _options_from(context, training.run_dir_of(resume) / CONFIG)
+    return resume
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
@@ -71,9 +117,9 @@ def demo(seed: Seed = 0, executor: Where = "threads", out: Out = None, json: Jso
 @app.command()
 def train(
     folder: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="A folder of images per class, or train/ and test/ (or val/) with these."),
-    ],
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="A folder of images per class, or train/ and test/ (or val/) with these."),
+    ] = None,
     model: Annotated[
         str, typer.Option(callback=_known_model, help=f"One of {', '.join(at.models.NAMES)}.")
     ] = "small_cnn",
@@ -91,14 +137,61 @@ def train(
             callback=_between_0_and_1, help="The share of each class to test with, where DIR has no test folder."
         ),
     ] = 0.2,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="End after so many epochs without a lower test loss, with the best one's.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Save after so many steps; by default each epoch and each minute.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop after that time; --resume goes on from there.")
+    ] = None,
     seed: Seed = 0,
     executor: Where = "threads",
+    kernels: Annotated[
+        str, typer.Option(callback=_known_kernels, help="What computes: numpy, or the faster numba (an extra).")
+    ] = "numpy",
     out: Out = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            is_eager=True,
+            callback=_options_of_run,
+            help="Go on with an interrupted run, in mid-epoch too, with its options.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=_options_from,
+            help="Take options from [train] in a TOML file, such as a run's config.toml; flags override them.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train a classifier on a folder of images."""
-    recipe = Recipe(model, epochs, batch_size, microbatch, image_size, lr, optimizer, seed, executor)
-    run(lambda: training.train_folder(folder, recipe, holdout, out, json))
+    if folder is None:
+        raise typer.BadParameter("DIR must be given, or be the folder in the section [train] of a --config")
+    recipe = Recipe(
+        folder=folder,
+        model=model,
+        epochs=epochs,
+        batch_size=batch_size,
+        microbatch=microbatch,
+        image_size=image_size,
+        lr=lr,
+        optimizer=optimizer,
+        holdout=holdout,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+        seconds=seconds,
+        seed=seed,
+        executor=executor,
+        kernels=kernels,
+    )
+    run(lambda: training.train_folder(recipe, out, resume, json))
 
 
 @app.command()
@@ -122,6 +215,18 @@ def predict(
 ) -> None:
     """Say what is on images."""
     run(lambda: use.predict(model, images, top, json))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run, under way or ended.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; by default report.html in the run's folder.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show a run as one HTML page: curves, epochs, mistakes, checkpoints, configuration."""
+    run(lambda: reports.report(run_dir, out, json))
 
 
 @app.command()

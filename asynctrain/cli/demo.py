@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from asynctrain.cli.recipe import Recipe
 from asynctrain.cli.train import new_run_dir, report, train
 from asynctrain.train.run_folder import MODEL
 
-DIGITS = Recipe(epochs=60, batch_size=32, learning_rate=5e-3)  # by cross-validation on the training images alone
+DIGITS = {"epochs": 60, "batch_size": 32, "lr": 5e-3}  # by cross-validation on the training images alone
 SHOWN = 7  # predictions, side by side
 INK = 128  # a pixel at least this bright is drawn
 
@@ -29,9 +29,10 @@ async def demo(seed: int, executor: str, run_dir: Path | None, as_json: bool) ->
     """Unpack the digits, train on them, and show how well unseen ones are recognised."""
     run_dir = run_dir or new_run_dir(Path("demo"))
     people.print("1,797 handwritten digits (UCI, CC BY 4.0), a fifth of them kept for the test")
-    await asyncio.to_thread(unpack_digits, run_dir / "data")
-    data = await asyncio.to_thread(open_data, run_dir / "data", 0.0, seed, None)
-    outcome = await train(data, replace(DIGITS, seed=seed, executor=executor), run_dir)
+    recipe = Recipe(run_dir / "data", seed=seed, executor=executor, **DIGITS)  # type: ignore[arg-type]
+    await asyncio.to_thread(unpack_digits, recipe.folder)
+    data = await asyncio.to_thread(open_data, recipe.folder, recipe.holdout, seed, None)
+    outcome = await train(data, recipe, run_dir)
 
     test = [Path(str(data.test[index].source)) for index in range(len(data.test))]
     classifier = await asyncio.to_thread(at.Classifier.load, run_dir / MODEL)

@@ -16,12 +16,14 @@ from asynctrain.errors import AsyncTrainError
 
 FAILED = 1
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 2  # of these are answered by cancelling
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run ``main()`` to its end, on uvloop where there is one.
 
-    The first SIGINT or SIGTERM cancels it, so that it can clean up; a second one has its usual, harsher effect.
+    The first SIGINT or SIGTERM cancels it, so that it can save and clean up; a second one cancels it again, which
+    abandons what it is saving; a third one has its usual, harsher effect.
 
     Raises:
         typer.Exit: code 1 where ``main`` failed, told in one sentence; 130 or 143 where a signal ended it.
@@ -49,13 +51,14 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 async def _cancelled_by_signals(work: Coroutine[Any, Any, None], received: list[int]) -> None:
-    """Await ``work`` in this task, which the first of the signals cancels and is noted in ``received``."""
+    """Await ``work`` in this task, which the first two of the signals, noted in ``received``, cancel."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None  # noqa: S101  # a coroutine always runs in a task
 
     def cancel(number: int) -> None:
         received.append(number)
-        ignore()
+        if len(received) == PATIENCE:
+            ignore()
         task.cancel()
 
     def ignore() -> None:

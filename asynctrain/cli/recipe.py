@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import asynctrain as at
 from asynctrain.optim import Optimizer
+from asynctrain.train.controllers import Controller, EarlyStopping
+from asynctrain.train.saving import Saving
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {  # and the learning rate that usually suits it
     "adamw": (at.optim.adamw, 3e-3),
@@ -19,21 +23,41 @@ WARMUP = 0.05  # of all steps
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The choices of one training; None leaves a choice to the data.
+    """The choices of one training, named as the options of ``asynctrain train``; None leaves a choice to the data.
 
-    epochs: how many times all images are seen. side: of the images, in pixels. learning_rate: the highest one, reached
-    after a short warm-up, from where it falls to zero along a cosine. executor: ``inline``, ``threads``, ``threads:2``.
+    Attributes:
+        folder: of the images.
+        model: a name of ``asynctrain.models``.
+        epochs: how many times all images are seen.
+        batch_size: images in a step.
+        microbatch: the most images that one worker takes at once.
+        image_size: height and width in pixels.
+        lr: the highest learning rate, reached after a short warm-up, from where it falls to zero along a cosine.
+        optimizer: a name in ``OPTIMIZERS``.
+        holdout: the share of each class to test with, where ``folder`` has no test folder.
+        patience: epochs without a lower test loss before the training ends early; None for never.
+        checkpoint_every: steps between two checkpoints; None leaves the time to the library.
+        seconds: how long it may take; None for as long as it takes.
+        seed: of everything that is drawn.
+        executor: ``inline``, ``threads``, ``threads:2``.
+        kernels: ``numpy`` or ``numba``.
     """
 
+    folder: Path
     model: str = "small_cnn"
     epochs: int | None = None
     batch_size: int = 64
     microbatch: int = 32
-    side: int | None = None
-    learning_rate: float | None = None
+    image_size: int | None = None
+    lr: float | None = None
     optimizer: str = "adamw"
+    holdout: float = 0.2
+    patience: int | None = None
+    checkpoint_every: int | None = None
+    seconds: float | None = None
     seed: int = 0
     executor: str = "threads"
+    kernels: str = "numpy"
 
     def epochs_for(self, batches_per_epoch: int) -> int:
         """Return ``epochs``, or else as many as make about 2,000 steps, at least 5 and at most 40."""
@@ -41,12 +65,28 @@ class Recipe:
             return self.epochs
         return min(max(-(-USUAL_STEPS // batches_per_epoch), 5), 40)
 
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return OPTIMIZERS[self.optimizer][1] if self.lr is None else self.lr
+
     def make_optimizer(self, steps: int) -> Optimizer:
         """Return the optimizer for a run of ``steps`` steps."""
-        make, usual = OPTIMIZERS[self.optimizer]
-        peak = usual if self.learning_rate is None else self.learning_rate
+        make, _ = OPTIMIZERS[self.optimizer]
         momentum = {"momentum": 0.9} if self.optimizer == "sgd" else {}
-        return make(at.optim.cosine(peak, steps, warmup=int(WARMUP * steps)), **momentum)
+        return make(at.optim.cosine(self.peak, steps, warmup=int(WARMUP * steps)), **momentum)
+
+    def make_controllers(self) -> list[Controller]:
+        """Return what decides about the run."""
+        return [] if self.patience is None else [EarlyStopping(patience=self.patience)]
+
+    def make_saving(self) -> Saving:
+        """Return when the run saves its state."""
+        return Saving() if self.checkpoint_every is None else Saving(steps=self.checkpoint_every)
+
+    def to_toml(self) -> dict[str, Any]:
+        """Return the section ``[train]`` of a configuration, by which ``--config`` trains the same again."""
+        return asdict(self) | {"folder": str(self.folder.resolve())}
 
 
 def make_executor(text: str) -> at.InlineExecutor | at.ThreadExecutor:

@@ -72,6 +72,7 @@ class Slab:
         ends_epoch: whether the epoch has none after these.
         images: (N, H, W, C) uint8, there once the first chunk has come so far.
         labels: (N,) int64.
+        weights: (N,) float32.
         names: where each sample comes from.
         bad: the rows that could not be read or decoded, with the error.
     """
@@ -82,11 +83,13 @@ class Slab:
     ends_epoch: bool
     images: Array | None = None
     labels: Array = field(init=False)
+    weights: Array = field(init=False)
     names: list[str] = field(init=False)
     bad: dict[int, DataError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.labels = np.empty(self.size, np.int64)
+        self.weights = np.ones(self.size, np.float32)
         self.names = [""] * self.size
 
     def allocate(self, shape: Shape) -> Array:
@@ -297,6 +300,7 @@ class Work:
         indices, records = self._records(chunk)
         for row, record in enumerate(records, chunk.start):
             slab.labels[row] = record.label
+            slab.weights[row] = record.weight
             slab.names[row] = str(record.source)
         work = ReadChunk(chunk, records, indices, [None] * len(records), self._missing(chunk, indices))
         for row in np.flatnonzero(work.missing).tolist():
@@ -401,11 +405,11 @@ class Rows:
         """How many there are."""
         return self.stop - self.start
 
-    def parts(self) -> tuple[Array, Array, list[str]]:
-        """Return their images and labels, as views, and their names."""
+    def parts(self) -> tuple[Array, Array, Array, list[str]]:
+        """Return their images, labels and weights, as views, and their names."""
         assert self.slab.images is not None  # noqa: S101 - it is decoded
         rows = slice(self.start, self.stop)
-        return self.slab.images[rows], self.slab.labels[rows], self.slab.names[rows]
+        return self.slab.images[rows], self.slab.labels[rows], self.slab.weights[rows], self.slab.names[rows]
 
 
 Mix = Callable[[Array, Array, int, int], tuple[Array, Array]]
@@ -504,17 +508,19 @@ class Pieces:
 
     def batch(self) -> Batch:
         """Return the batch; its arrays are views where it is of neighbouring rows, else copies."""
-        images, labels, names = self.rows[0].parts() if len(self.rows) == 1 else self._copied()
-        return Batch(images, labels, tuple(names), self.cursor, self.last, self.skipped)
+        images, labels, weights, names = self.rows[0].parts() if len(self.rows) == 1 else self._copied()
+        weighted = weights if (weights != 1).any() else None
+        return Batch(images, labels, tuple(names), self.cursor, self.last, self.skipped, weighted)
 
-    def _copied(self) -> tuple[Array, Array, list[str]]:
+    def _copied(self) -> tuple[Array, Array, Array, list[str]]:
         parts = [rows.parts() for rows in self.rows]
         images = aligned_empty((self.samples, *parts[0][0].shape[1:]), np.uint8)
         np.concatenate([part[0] for part in parts], out=images)
-        return images, np.concatenate([part[1] for part in parts]), [name for part in parts for name in part[2]]
+        labels, weights = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+        return images, labels, weights, [name for part in parts for name in part[3]]
 
     def mixed(self, mix: Mix) -> Batch:
-        """Return the batch with its samples mixed by ``mix``."""
+        """Return the batch with its samples mixed by ``mix``; the weights stay in their rows."""
         batch = self.batch()
         images, labels = mix(batch.images, batch.labels, self.epoch, self.first_position)
         return replace(batch, images=images, labels=labels)

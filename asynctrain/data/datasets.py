@@ -255,11 +255,19 @@ class ArrayDataset(Splitting):
         images: (N, H, W) or (N, H, W, C) uint8, C being 1, 3 or 4.
         labels: (N,) integers, each 0 to ``len(classes) - 1``.
         classes: the names of the labels; by default "0", "1", ... up to the largest label.
+        weights: (N,) numbers of at least 0, how much each image counts in the loss; by default 1.
     """
 
-    def __init__(self, images: Array, labels: Array | Sequence[int], classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        images: Array,
+        labels: Array | Sequence[int],
+        classes: Sequence[str] | None = None,
+        weights: Array | Sequence[float] | None = None,
+    ) -> None:
         self.images = _checked_images(images)
         self.labels: Array = _checked_labels(labels, len(images))
+        self.weights: Array | None = None if weights is None else _checked_weights(weights, len(images))
         highest = int(self.labels.max(initial=-1))
         self.classes = tuple(classes) if classes is not None else tuple(str(label) for label in range(highest + 1))
         if highest >= len(self.classes) or self.labels.min(initial=0) < 0:
@@ -271,7 +279,8 @@ class ArrayDataset(Splitting):
         return len(self.images)
 
     def __getitem__(self, index: int, /) -> Record:
-        return Record(ArraySource(self.images[index], f"array[{index}]"), int(self.labels[index]))
+        weight = 1.0 if self.weights is None else float(self.weights[index])
+        return Record(ArraySource(self.images[index], f"array[{index}]"), int(self.labels[index]), weight)
 
     def __repr__(self) -> str:
         return f"<ArrayDataset: {len(self):,} images, {len(self.classes)} classes>"
@@ -292,6 +301,16 @@ def _checked_labels(labels: Array | Sequence[int], count: int) -> Array:
     if labels.shape != (count,):
         raise ValueError(f"labels must have the shape ({count},), one for each image, got {labels.shape}")
     return labels.astype(np.int64)
+
+
+def _checked_weights(weights: Array | Sequence[float], count: int) -> Array:
+    weights = np.asarray(weights, dtype=np.float32)
+    if weights.shape != (count,):
+        raise ValueError(f"weights must have the shape ({count},), one for each image, got {weights.shape}")
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if wrong.any():
+        raise ValueError(f"weights must be finite and at least 0, got {weights[wrong][0]}")
+    return weights
 
 
 def _kind(value: object) -> str:

@@ -296,7 +296,11 @@ class Loader(_Opening):
     @property
     def description(self) -> dict[str, Any]:
         """What decides about the batches, but for the pixels themselves, as JSON."""
-        return super().description | {"samples": self._plan.samples, "order": type(self.order).__name__}
+        order = {name: getattr(self.order, name, None) for name in ("seed", "shuffle")}
+        return super().description | {
+            "samples": self._plan.samples,
+            "order": {"name": type(self.order).__name__, **order},
+        }
 
     @property
     def samples_per_epoch(self) -> int:

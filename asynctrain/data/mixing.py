@@ -76,8 +76,8 @@ def named(error: DataError, part: str) -> DataError:
 def part_of(part: str, record: Record, label: int) -> Record:
     """Return ``record`` as one of ``part``, labelled anew."""
     if is_async(record.source):
-        return Record(AsyncPartSource(record.source, part), label)
-    return Record(PartSource(record.source, part), label)
+        return Record(AsyncPartSource(record.source, part), label, record.weight)
+    return Record(PartSource(record.source, part), label, record.weight)
 
 
 def named_parts(parts: Sequence[T] | Mapping[str, T], what: str) -> dict[str, T]:

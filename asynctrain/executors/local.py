@@ -29,9 +29,9 @@ class _LocalSession(ABC):
 
     slots: int
 
-    def __init__(self, address: str, program: Program) -> None:
+    def __init__(self, address: str, worker: GradientWorker) -> None:
         self._address = address
-        self._worker = GradientWorker(program)
+        self._worker = worker
         self._params: Params = {}
         self._model_state: Params = {}
         self._version: int | None = None
@@ -58,6 +58,11 @@ class _LocalSession(ABC):
     async def aclose(self, grace: float) -> None:
         """Stop what is in flight and wait for it, at most ``grace`` seconds."""
         self._closed = True
+
+    def forget(self) -> None:
+        """Let go of the memory of a closed session, to which others may still refer."""
+        self._worker.forget_benches()
+        self._params = self._model_state = {}
 
     @abstractmethod
     async def _forward(self, work: ForwardWork) -> ForwardResult: ...
@@ -99,16 +104,17 @@ class _LocalExecutor(ABC):
         if self._closed:
             raise ClosedError(f"the executor {self._address} is closed")
         with one_blas_thread(await in_thread(find_blas)):
-            session = self._session(program)
+            session = self._session(await in_thread(_ready_worker, program))
             self._sessions.add(session)
             try:
                 yield session
             finally:
                 self._sessions.discard(session)
                 await session.aclose(GRACE)
+                session.forget()
 
     @abstractmethod
-    def _session(self, program: Program) -> _LocalSession: ...
+    def _session(self, worker: GradientWorker) -> _LocalSession: ...
 
     async def aclose(self, grace: float = GRACE) -> None:
         """Refuse further sessions and stop the work of those that are open, within ``grace`` seconds."""
@@ -127,6 +133,13 @@ class _LocalExecutor(ABC):
         return f"<{type(self).__name__} {self._address}, {state}>"
 
 
+def _ready_worker(program: Program) -> GradientWorker:
+    """Return a worker whose first microbatch finds everything imported and compiled; this may take seconds."""
+    worker = GradientWorker(program)
+    worker.warm_up()
+    return worker
+
+
 class InlineExecutor(_LocalExecutor):
     """Computes in the caller's own thread, for tests and debugging; not a ``concurrent.futures.Executor``.
 
@@ -136,8 +149,8 @@ class InlineExecutor(_LocalExecutor):
     def __init__(self) -> None:
         super().__init__("inline")
 
-    def _session(self, program: Program) -> _InlineSession:
-        return _InlineSession(self._address, program)
+    def _session(self, worker: GradientWorker) -> _InlineSession:
+        return _InlineSession(self._address, worker)
 
 
 class _KernelFuture(asyncio.Future[T]):
@@ -159,8 +172,10 @@ class _KernelFuture(asyncio.Future[T]):
 class _ThreadSession(_LocalSession):
     """Sends work to the executor's threads and knows what is in flight there."""
 
-    def __init__(self, address: str, program: Program, threads: ThreadPoolExecutor, slots: int, split: Split) -> None:
-        super().__init__(address, program)
+    def __init__(
+        self, address: str, worker: GradientWorker, threads: ThreadPoolExecutor, slots: int, split: Split
+    ) -> None:
+        super().__init__(address, worker)
         self.slots = slots
         self._threads = threads
         self._split = split
@@ -277,8 +292,8 @@ class ThreadExecutor(_LocalExecutor):
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="asynctrain-kernel", initializer=step_back)
         super().__init__(f"threads:{self._workers}")
 
-    def _session(self, program: Program) -> _ThreadSession:
-        return _ThreadSession(self._address, program, self._threads, self._workers, self._split)
+    def _session(self, worker: GradientWorker) -> _ThreadSession:
+        return _ThreadSession(self._address, worker, self._threads, self._workers, self._split)
 
     async def aclose(self, grace: float = GRACE) -> None:
         """Stop all work and end the threads; may be called again.

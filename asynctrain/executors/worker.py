@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
-from asynctrain.arena import Arena, Array
+from asynctrain.arena import Arena, Array, Layout
 from asynctrain.executors.blas import check_one_blas_thread
 from asynctrain.nn import losses
+from asynctrain.nn.kernels import backend
 from asynctrain.nn.model import Model
 from asynctrain.nn.scope import Scope, Workspace
 from asynctrain.randomness import Purpose, generator
@@ -52,13 +52,20 @@ def _call(job: Job) -> None:
     job()
 
 
-@dataclass(frozen=True, slots=True)
 class _Bench:
     """The arrays of one microbatch in work: what its pass may scribble on, its gradient sums and its statistics."""
 
-    workspace: Workspace
-    gradients: Arena
-    statistics: Arena
+    def __init__(self, gradients: Layout, statistics: Layout) -> None:
+        self.workspace = Workspace()
+        self._layouts = gradients, statistics
+
+    @cached_property
+    def gradients(self) -> Arena:  # predictions need none
+        return self._layouts[0].empty()
+
+    @cached_property
+    def statistics(self) -> Arena:
+        return self._layouts[1].empty()
 
 
 class GradientWorker:
@@ -73,7 +80,12 @@ class GradientWorker:
         self._model = Model.from_json(program.architecture)
         self._layout = self._model.layout(program.dtype)
         self._loss = losses.from_json(program.loss)
+        self._kernels = backend.get(program.kernels)
         self._benches: deque[_Bench] = deque()
+
+    def warm_up(self) -> None:
+        """Compile what the program's kernels would compile at their first use."""
+        self._kernels.warm_up(self._program.dtype)
 
     @_quiet
     def gradients(
@@ -100,9 +112,10 @@ class GradientWorker:
             emit=lambda job: emit(_quiet(job)),
             gradients=bench.gradients,
             statistics=bench.statistics,
+            kernels=self._kernels,
         )
         outputs, saved = self._model.forward(params, self._normalized(work.images, scope), scope)
-        loss = self._loss(outputs, work.labels, out=scope.empty("loss", outputs.shape, outputs.dtype))
+        loss = self._loss(outputs, work.labels, work.weights, scope.empty("loss", outputs.shape, outputs.dtype))
         self._model.backward(params, saved, loss.gradient, scope)
         release = partial(self._benches.append, bench)
         return GradientResult(bench.gradients, _sums(loss, work.labels), bench.statistics, release)
@@ -112,19 +125,23 @@ class GradientWorker:
         """Compute the model's outputs with its running statistics, and the loss sums where there are labels."""
         check_one_blas_thread()
         bench = self._take_bench()
-        scope = Scope(bench.workspace, train=False, check=stop.check, state=state)
+        scope = Scope(bench.workspace, train=False, check=stop.check, state=state, kernels=self._kernels)
         outputs, _ = self._model.forward(params, self._normalized(work.images, scope), scope)
         outputs = outputs.copy()  # the bench is about to be used again
         self._benches.append(bench)
         if work.labels is None:
             return ForwardResult(outputs)
-        return ForwardResult(outputs, _sums(self._loss(outputs, work.labels), work.labels))
+        return ForwardResult(outputs, _sums(self._loss(outputs, work.labels, work.weights), work.labels))
+
+    def forget_benches(self) -> None:
+        """Let go of the arrays that are kept for reuse: there is nothing more to compute."""
+        self._benches.clear()
 
     def _take_bench(self) -> _Bench:
         try:
             return self._benches.pop()
         except IndexError:
-            return _Bench(Workspace(), self._layout.empty(), self._model.statistics_layout.empty())
+            return _Bench(self._layout, self._model.statistics_layout)
 
     def _normalized(self, images: Array, scope: Scope) -> Array:
         """Return ``(pixel / 255 - mean) / std`` in the program's dtype."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast, overload
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
-from asynctrain._aio import in_thread
+from asynctrain._aio import Failure, in_thread, step_back
 from asynctrain._files import write_whole
 from asynctrain.arena import Arena, Array
 from asynctrain.data.images import ImageSettings, decode
@@ -22,13 +24,14 @@ from asynctrain.errors import CheckpointError, ReadError
 from asynctrain.executors.base import Executor
 from asynctrain.executors.blas import find_blas, one_blas_thread
 from asynctrain.executors.worker import GradientWorker, StopFlag
-from asynctrain.inference.evaluate import Evaluation, evaluate
+from asynctrain.inference.evaluate import Evaluation, Metric, evaluate, forward
+from asynctrain.inference.gathering import Gathering
 from asynctrain.nn.kernels.activations import softmax
 from asynctrain.nn.model import Model
 from asynctrain.types import BatchStream, ForwardWork, Params, Program
 
 FORMAT = "asynctrain.classifier/1"
-PIECE = 64  # images that go through the model at once: bounds the memory of a long list
+MICRO_BATCH = 64  # images that one thread answers before it lets others have their turn
 
 ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | Array
 Images: TypeAlias = Sequence[ImageLike]  # a list or a tuple: bytes and strings, sequences too, are one image
@@ -57,10 +60,13 @@ class Prediction:
 class Classifier:
     """Tells what is on an image.
 
+    Each image goes through the model by itself, for BLAS rounds otherwise for other numbers of rows: so what it is told
+    to be does not depend, to the last bit, on what else is asked at the time, or where it is computed.
+
     Args:
         program: architecture, input normalisation and dtype.
-        params: of the program's model; copied.
-        model_state: the running statistics of its layers; copied.
+        params: of the program's model; copied, but for a read-only ``Arena``, whose values must stay as they are.
+        model_state: the running statistics of its layers, float64; copied likewise.
         classes: the names of the outputs 0, 1, ...
         settings: how an image is decoded and resized.
     """
@@ -69,21 +75,21 @@ class Classifier:
         self, program: Program, params: Params, model_state: Params, classes: Sequence[str], settings: ImageSettings
     ) -> None:
         self._program = program
-        self._params = Arena.of(params, program.dtype).read_only()
-        self._model_state = Arena.of(model_state, np.float64).read_only()
+        self._params = _lasting(params, program.dtype)
+        self._model_state = _lasting(model_state, np.float64)
         self._settings = settings
-        self._worker = GradientWorker(program)
+        self._requests: Gathering[Images, Array] = Gathering(self._answers, MICRO_BATCH)
         self.classes = tuple(classes)
 
     @classmethod
     def from_state(
         cls, model: Model, state: Trained, *, classes: Sequence[str], settings: ImageSettings | None = None
     ) -> Classifier:
-        """Return a classifier with a copy of the weights of ``state``.
+        """Return a classifier with the weights of ``state``.
 
         Args:
             model: the architecture that was trained.
-            state: for example ``history.state``.
+            state: for example ``history.state``; its arrays are copied unless they are read-only.
             classes: the names of the labels 0, 1, ...; at most as many as the model has outputs.
             settings: how images were decoded; by default squashed to the model's input shape.
         """
@@ -94,6 +100,21 @@ class Classifier:
         height, width, channels = model.input_shape
         settings = settings or ImageSettings((height, width), channels)
         return cls(state.program, state.params, state.model_state, classes, settings)
+
+    @property
+    def program(self) -> Program:
+        """Architecture, input normalisation and dtype."""
+        return self._program
+
+    @property
+    def params(self) -> Params:
+        """The weights by name, read-only."""
+        return self._params
+
+    @property
+    def model_state(self) -> Params:
+        """The running statistics of the layers by name, read-only."""
+        return self._model_state
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -163,13 +184,15 @@ class Classifier:
         Args:
             images: a path, encoded bytes, a Pillow image, or a uint8 array (H, W) or (H, W, C); or a list of these.
             top_k: how many classes to list, at least 1.
-            executor: where to compute; by default in a thread of this call's own.
+            executor: where to compute; by default in a thread, on one CPU, together with what other tasks ask of this
+                classifier at the time, at most 64 images before others have their turn.
 
         Raises:
             ReadError: a file cannot be read.
             DecodeError: an image cannot be decoded.
 
-        Cancelling it stops the computing before the next layer.
+        Errors reach only the call whose images they are about. Cancelling it stops the computing before the next layer,
+        or waits for the images that are computed in the same thread for others, at most 64.
         """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
@@ -177,8 +200,10 @@ class Classifier:
             return await self._predictions(images, top_k, executor)
         return (await self._predictions([cast("ImageLike", images)], top_k, executor))[0]
 
-    async def evaluate(self, data: BatchStream, *, executor: Executor, microbatch: int = 32) -> Evaluation:
-        """Return loss and accuracy over one epoch of the loader ``data``, whose labels are those of ``classes``."""
+    async def evaluate(
+        self, data: BatchStream, *, executor: Executor, microbatch: int = 32, metrics: Sequence[Metric] = ()
+    ) -> Evaluation:
+        """Return loss, accuracy and ``metrics`` over one epoch of ``data``, a loader with the labels of ``classes``."""
         if data.image_shape != self.image_shape:
             raise ValueError(
                 f"the model takes images of shape {self.image_shape}, the loader delivers {data.image_shape}"
@@ -187,32 +212,46 @@ class Classifier:
             raise ValueError(f"the model knows the classes {self.classes}, the data has {tuple(data.classes)}")
         async with executor.open(self._program) as session:
             await session.broadcast(self._params, self._model_state, 0)
-            return await evaluate(session, 0, data, microbatch)
+            return await evaluate(session, 0, data, microbatch, metrics)
 
     async def _predictions(self, images: Images, top_k: int, executor: Executor | None) -> list[Prediction]:
         return [
             self._prediction(row, top_k)
-            for start in range(0, len(images), PIECE)
-            for row in await self._probabilities(images[start : start + PIECE], executor)
+            for start in range(0, len(images), MICRO_BATCH)
+            for row in await self._probabilities(images[start : start + MICRO_BATCH], executor)
         ]
 
     async def _probabilities(self, images: Images, executor: Executor | None) -> Array:
         """Return (n, classes) float64, each row adding up to 1."""
-        stop = StopFlag()
         if executor is None:
-            logits = await in_thread(self._decode_and_forward, images, stop, stop=stop.set)
+            logits = await self._requests.ask(images, len(images))
         else:
-            work = ForwardWork(await in_thread(self._decode, images))
-            async with executor.open(self._program) as session:
-                await session.broadcast(self._params, self._model_state, 0)
-                logits = (await session.compute(work, 0)).outputs
+            logits = await self._computed(await in_thread(self._decode, images), executor)
         return softmax(logits[:, : len(self.classes)].astype(np.float64))
 
-    def _decode_and_forward(self, images: Images, stop: StopFlag) -> Array:
+    async def _computed(self, images: Array, executor: Executor) -> Array:
+        """Return the logits (n, outputs), computed elsewhere."""
+        async with executor.open(self._program) as session:
+            await session.broadcast(self._params, self._model_state, 0)
+            return np.concatenate([result.outputs for result in await forward(session, 0, _one_by_one(images))])
+
+    def _answers(self, requests: Sequence[Images], stop: StopFlag) -> list[Array | Failure]:
+        """Return the logits (n, outputs) of each request; in a thread of its own."""
+        step_back()
         with one_blas_thread(find_blas()):
-            return self._worker.forward(
-                self._params, self._model_state, ForwardWork(self._decode(images)), stop
-            ).outputs
+            return [self._answer(images, stop) for images in requests]
+
+    def _answer(self, images: Images, stop: StopFlag) -> Array | Failure:
+        try:
+            batch = self._decode(images)
+        except Exception as error:
+            return Failure(error)
+        compute = partial(self._worker.forward, self._params, self._model_state, stop=stop)
+        return np.concatenate([compute(work).outputs for work in _one_by_one(batch)])
+
+    @cached_property
+    def _worker(self) -> GradientWorker:  # not made before it is needed: a snapshot of a run costs next to nothing
+        return GradientWorker(self._program)
 
     def _decode(self, images: Images) -> Array:
         batch = np.empty((len(images), *self.image_shape), np.uint8)
@@ -229,6 +268,17 @@ class Classifier:
     def __repr__(self) -> str:
         height, width, channels = self.image_shape
         return f"<Classifier of {len(self.classes)} classes, {height}x{width}x{channels} images>"
+
+
+def _lasting(arrays: Params, dtype: npt.DTypeLike) -> Arena:
+    """Return the arrays as they are now, in a read-only arena."""
+    if isinstance(arrays, Arena) and arrays.layout.dtype == dtype and not arrays.vector.flags.writeable:
+        return arrays
+    return Arena.of(arrays, dtype).read_only()
+
+
+def _one_by_one(images: Array) -> list[ForwardWork]:
+    return [ForwardWork(images[i : i + 1]) for i in range(len(images))]
 
 
 def _encoded(image: ImageLike) -> tuple[bytes | Image.Image | Array, str]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from asynctrain._aio import unwrapped
 from asynctrain.arena import Array
 from asynctrain.executors.base import Session
 from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, Sums
@@ -17,7 +18,15 @@ from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWor
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """loss: mean per sample. accuracy: share of samples predicted right, 0 to 1. metrics: what else was asked for."""
+    """How well a model does on labelled images.
+
+    Attributes:
+        loss: the mean, weighted by samples and classes where the loss is.
+        accuracy: the share of samples predicted right, 0 to 1; weights do not change it, but a sample without any
+            weight is left out.
+        samples: how many there were.
+        metrics: what else was asked for, by name: JSON values.
+    """
 
     loss: float
     accuracy: float
@@ -27,23 +36,30 @@ class Evaluation:
     @classmethod
     def from_json(cls, value: JSON) -> Evaluation:
         """Return the evaluation whose fields are in ``value``; null stands for NaN."""
-        numbers = {name: nan if value[name] is None else value[name] for name in ("loss", "accuracy")}
-        return cls(**{**value, **numbers})
+        return cls(**{**_numbers(value), "metrics": _numbers(value.get("metrics", {}))})
+
+
+def _numbers(value: JSON) -> dict[str, Any]:
+    return {name: nan if figure is None else figure for name, figure in value.items()}
 
 
 class Metric(Protocol):
-    """A figure over an evaluation, or several, gathered batch by batch; ``asynctrain.metrics`` has ready ones."""
+    """A figure over an evaluation, or several, gathered batch by batch; ``asynctrain.metrics`` has ready ones.
+
+    What it gathers is a value that it is handed and hands back, so that one metric serves any number of evaluations at
+    once. It is called on the event loop, so ``add`` takes well under a millisecond.
+    """
 
     def begin(self) -> Any:
         """Return what is gathered before the first batch."""
         ...
 
-    def add(self, gathered: Any, outputs: Array, labels: Array) -> Any:
-        """Return what is gathered after a batch: outputs (N, K) as the model gives them, labels (N,) or (N, K)."""
+    def add(self, gathered: Any, outputs: Array, batch: Batch) -> Any:
+        """Return what is gathered after ``batch``; outputs (N, K) are the model's, before softmax or sigmoid."""
         ...
 
     def result(self, gathered: Any) -> Mapping[str, Any]:
-        """Return the figures by name, as JSON values."""
+        """Return the figures by name, as JSON values; numbers can be monitored as ``validation.<name>``."""
         ...
 
 
@@ -55,25 +71,30 @@ async def evaluate(
     gathered = [metric.begin() for metric in metrics]
     async with stream.open() as batches:
         async for batch in batches:
-            results = await forward(session, version, batch, microbatch)
+            results = await forward(session, version, _pieces(batch, microbatch))
             sums = sum((result.sums for result in results), start=sums)
             if metrics:
                 outputs = np.concatenate([result.outputs for result in results])
-                gathered = [
-                    metric.add(own, outputs, batch.labels) for metric, own in zip(metrics, gathered, strict=True)
-                ]
+                gathered = [metric.add(own, outputs, batch) for metric, own in zip(metrics, gathered, strict=True)]
     found: dict[str, Any] = {}
     for metric, own in zip(metrics, gathered, strict=True):
         found |= metric.result(own)
     return Evaluation(sums.mean_loss, sums.accuracy, sums.samples, found)
 
 
-async def forward(session: Session, version: int, batch: Batch, microbatch: int) -> list[ForwardResult]:
-    """Compute a batch in pieces of at most ``microbatch`` samples, side by side; the results are in order."""
-    works = [
-        ForwardWork(batch.images[start : start + microbatch], batch.labels[start : start + microbatch])
-        for start in range(0, len(batch.images), microbatch)
+async def forward(session: Session, version: int, works: Sequence[ForwardWork]) -> list[ForwardResult]:
+    """Compute works side by side; the results are in their order."""
+    with unwrapped():
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(session.compute(work, version), name=f"forward-{i}") for i, work in enumerate(works)
+            ]
+            return await asyncio.gather(*tasks)
+
+
+def _pieces(batch: Batch, microbatch: int) -> list[ForwardWork]:
+    pieces = [slice(start, start + microbatch) for start in range(0, len(batch.images), microbatch)]
+    weights = [None if batch.weights is None else batch.weights[piece] for piece in pieces]
+    return [
+        ForwardWork(batch.images[piece], batch.labels[piece], own) for piece, own in zip(pieces, weights, strict=True)
     ]
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(session.compute(work, version), name=f"forward-{i}") for i, work in enumerate(works)]
-        return await asyncio.gather(*tasks)

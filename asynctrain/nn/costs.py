@@ -79,9 +79,10 @@ class Costs:
     def activation_bytes(self) -> int:
         """The bytes that one microbatch's forward pass leaves for the backward pass.
 
-        In training the gradients of activations and the kernels' scratch come on top. For the small ready-made models
-        in microbatches of 32 that makes two to four times as many in all; where the parameters take more bytes than the
-        activations it is more, as part of the scratch is as large as they are.
+        Each layer is counted as if it was computed by itself; a convolution that is computed together with the pooling
+        of its outputs leaves fewer. In training the gradients of activations and the kernels' scratch come on top. For
+        the small ready-made models in microbatches of 32 that makes about two to four times as many in all; where the
+        parameters take more bytes than the activations it is more, as part of the scratch is as large as they are.
         """
         return self.microbatch * self.itemsize * sum(row.activations for row in self.rows)
 

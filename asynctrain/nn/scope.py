@@ -9,7 +9,10 @@ from zlib import crc32
 import numpy as np
 
 from asynctrain.arena import Array, Shape, aligned_empty
+from asynctrain.nn.kernels.backend import NUMPY, Kernels
 from asynctrain.types import Params
+
+HUGE_PAGE = 2**21  # bytes
 
 Job = Callable[[], None]
 
@@ -20,6 +23,19 @@ def _nothing() -> None:
 
 def _at_once(job: Job) -> None:
     job()
+
+
+def _memory(size: int) -> Array:
+    """Return ``size`` bytes, many of them from the beginning of a huge page on.
+
+    With small pages a pass spends a twentieth of its time on finding them. numpy asks the system for huge ones
+    where an array takes two or more; what is beyond ``size`` is never touched, and so takes no memory.
+    """
+    if size < HUGE_PAGE // 2:
+        return aligned_empty((size,), np.uint8)
+    raw = np.empty(max(size + HUGE_PAGE, 2 * HUGE_PAGE), np.uint8)
+    start = -raw.ctypes.data % HUGE_PAGE
+    return raw[start : start + size]
 
 
 class Workspace:
@@ -50,7 +66,7 @@ class Workspace:
         size = prod(shape) * dtype.itemsize
         memory = self._memory.get(key)
         if memory is None or memory.nbytes < size:
-            memory = self._memory[key] = aligned_empty((size,), np.uint8)
+            memory = self._memory[key] = _memory(size)
         return memory[:size].view(dtype).reshape(shape)
 
     @property
@@ -75,6 +91,7 @@ class Scope:
         gradients: where weight gradients are written, one array per parameter.
         state: the layers' running statistics, which a pass that predicts uses.
         statistics: where a pass of training writes what the running statistics are made of.
+        kernels: what layers compute with.
     """
 
     __slots__ = (
@@ -87,6 +104,7 @@ class Scope:
         "_workspace",
         "check",
         "emit",
+        "kernels",
         "train",
     )
 
@@ -101,8 +119,10 @@ class Scope:
         gradients: Params | None = None,
         state: Params | None = None,
         statistics: Params | None = None,
+        kernels: Kernels = NUMPY,
     ) -> None:
         self.train = train
+        self.kernels = kernels
         self.check = check
         self.emit = emit
         self._workspace = workspace
@@ -126,6 +146,7 @@ class Scope:
                 gradients=self._gradients,
                 state=self._state,
                 statistics=self._statistics,
+                kernels=self.kernels,
             )
             child._prefix = f"{self._prefix}{name}/"
         return child

@@ -6,7 +6,7 @@ from __future__ import annotations
 from asynctrain.optim.apply import bound, initial_state, measured, update_into
 
 # Optimizers made of optimizers
-from asynctrain.optim.composition import accumulate, average_weights, freeze, frozen, groups
+from asynctrain.optim.composition import accumulate, average_weights, delayed, freeze, frozen, groups
 
 # Optimizers
 from asynctrain.optim.optimizers import adagrad, adam, adamw, nadam, rmsprop, sgd
@@ -62,6 +62,7 @@ __all__ = [
     "constant",
     "cosine",
     "cosine_restarts",
+    "delayed",
     "exponential",
     "freeze",
     "from_json",

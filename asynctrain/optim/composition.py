@@ -1,4 +1,4 @@
-"""Optimizers made of optimizers: by name of the parameter, frozen, accumulated over steps, averaged."""
+"""Optimizers made of optimizers: by name of the parameter, frozen, delayed, accumulated over steps, averaged."""
 
 from __future__ import annotations
 
@@ -137,6 +137,46 @@ def freeze(optimizer: Optimizer, *patterns: str) -> Optimizer:
     parts = dict.fromkeys(patterns, frozen())
     parts.setdefault("*", optimizer)
     return _Groups(parts).transform()
+
+
+@described
+def delayed(optimizer: Optimizer, steps: int) -> Optimizer:
+    """Return ``optimizer`` for parameters that do not move a bit for ``steps`` steps, and from there on as from step 0.
+
+    In ``groups`` it unfreezes a part of a model, at an epoch where ``steps`` is a multiple of the batches of one:
+
+        >>> optimizer = groups({"conv*": delayed(adamw(1e-4), 500), "*": adamw(1e-3)})
+
+    Until then the gradients leave no trace in the optimizer's state, and its schedules and corrections for the first
+    steps begin afterwards.
+
+    Args:
+        optimizer: what is applied then.
+        steps: at least 1.
+    """
+    check(steps >= 1, "steps", "at least 1", steps)
+    return _delayed(optimizer, steps)
+
+
+def _delayed(optimizer: Optimizer, steps: int) -> Optimizer:
+    def update(updates: Params, state: State, params: Params, step: int) -> tuple[Params, State]:
+        if step < steps:
+            return _nothing(updates), state
+        return optimizer.update(updates, state, params, step - steps)
+
+    reduction = optimizer.reduction
+    if reduction is None:
+        return Transform(optimizer.init, update, optimizer.slots)
+
+    def measure(updates: Params, state: State, params: Params, step: int) -> Sequence[float]:
+        if step < steps:
+            return [0.0] * reduction.count
+        return reduction.measure(updates, state, params, step - steps)
+
+    def given(totals: Sequence[float]) -> Transform:
+        return _delayed(reduction.given(totals), steps)
+
+    return Transform(optimizer.init, update, optimizer.slots, reduction=Reduction(reduction.count, measure, given))
 
 
 @described

@@ -58,6 +58,7 @@ class Transform(NamedTuple):
     name, arguments: the call that made it.
     reduction: what it must know about all gradients at once; without one it works element by element. ``update`` takes
     what it is given for all.
+    uniform: whether it treats each element alike, whatever the name and the shape of its array.
     """
 
     init: Callable[[Params], State]
@@ -66,6 +67,7 @@ class Transform(NamedTuple):
     name: str = ""
     arguments: Mapping[str, Any] = {}  # never written
     reduction: Reduction | None = None
+    uniform: bool = False
 
     def to_json(self) -> JSON:
         """Return the call that made it as JSON values; ``from_json`` reads them.
@@ -199,7 +201,8 @@ def _chain(transforms: Sequence[Transform]) -> Transform:
             after.update(own_after)
         return updates, after
 
-    return Transform(init, update, slots, reduction=_reduction_of_chain(transforms))
+    uniform = all(transform.uniform for transform in transforms)
+    return Transform(init, update, slots, reduction=_reduction_of_chain(transforms), uniform=uniform)
 
 
 def _reduction_of_chain(transforms: Sequence[Transform]) -> Reduction | None:
@@ -236,7 +239,7 @@ def clip_by_value(limit: float) -> Transform:
     def update(updates: Params, state: State, params: Params, step: int) -> tuple[Params, State]:
         return {name: np.clip(g, -limit, limit) for name, g in updates.items()}, state
 
-    return Transform(stateless, update)
+    return Transform(stateless, update, uniform=True)
 
 
 @described
@@ -262,7 +265,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         def update(updates: Params, state: State, params: Params, step: int) -> tuple[Params, State]:
             return {name: g * factor for name, g in updates.items()} if factor < 1 else updates, state
 
-        return Transform(stateless, update)
+        return Transform(stateless, update, uniform=True)
 
     def update(updates: Params, state: State, params: Params, step: int) -> tuple[Params, State]:
         return given(measure(updates, state, params, step)).update(updates, state, params, step)
@@ -286,7 +289,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
         scale = -float(learning_rate(step) if callable(learning_rate) else learning_rate)
         return {name: scale * g for name, g in updates.items()}, state
 
-    return Transform(stateless, update)
+    return Transform(stateless, update, uniform=True)
 
 
 @described
@@ -320,7 +323,7 @@ def trace(momentum: float, nesterov: bool = False) -> Transform:
             return updates, {"trace": traces}
         return traces, {"trace": traces}
 
-    return Transform(init, update, ("trace",))
+    return Transform(init, update, ("trace",), uniform=True)
 
 
 @described
@@ -354,7 +357,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, nestero
             directions[name] = mean / _plus(np.sqrt(nu[name] / nu_part), eps)
         return directions, {"mu": mu, "nu": nu}
 
-    return Transform(init, update, ("mu", "nu"))
+    return Transform(init, update, ("mu", "nu"), uniform=True)
 
 
 @described
@@ -384,7 +387,7 @@ def scale_by_rms(decay: float = 0.9, eps: float = 1e-8, centered: bool = False) 
         variance = {name: np.maximum(nu[name] - mu[name] * mu[name], 0) for name in updates}
         return {name: g / _plus(np.sqrt(variance[name]), eps) for name, g in updates.items()}, {"nu": nu, "mu": mu}
 
-    return Transform(init, update, slots)
+    return Transform(init, update, slots, uniform=True)
 
 
 @described
@@ -407,7 +410,7 @@ def scale_by_adagrad(initial: float = 0.0, eps: float = 1e-10) -> Transform:
         sums = {name: state["sum_of_squares"][name] + g * g for name, g in updates.items()}
         return {name: g / _plus(np.sqrt(sums[name]), eps) for name, g in updates.items()}, {"sum_of_squares": sums}
 
-    return Transform(init, update, ("sum_of_squares",))
+    return Transform(init, update, ("sum_of_squares",), uniform=True)
 
 
 # Two steps of arithmetic in the memory of a temporary, which each formula is full of: fresh memory costs as much as

@@ -59,8 +59,10 @@ class Checkpoint:
         mine = {**self.state.program.to_json(), **_told(self)}
         theirs = {**other.state.program.to_json(), **_told(other)}
         for name in mine:
-            if _plain(mine[name]) != _plain(theirs[name]):
-                raise CheckpointError(path, f"{name} is {_short(mine[name])} there and {_short(theirs[name])} here")
+            difference = _first_difference(name, _plain(mine[name]), _plain(theirs[name]))
+            if difference is not None:
+                where, there, here = difference
+                raise CheckpointError(path, f"{where} is {_short(there)} there and {_short(here)} here")
         if bits != "close":
             try:
                 require_same(other.fingerprint, self.fingerprint)
@@ -153,6 +155,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "learning_rate_scale": state.learning_rate_scale,
         "controllers": dict(state.controllers),
         "stopped_by": state.stopped_by,
+        "stopper": state.stopper,
         "restore": state.restore,
         "kept": {who: kept.step for who, kept in state.kept.items()},
         "history": [to_json(event) for event in state.history],
@@ -185,6 +188,7 @@ def _restored(about: dict[str, Any], arrays: dict[str, Array]) -> Checkpoint:
             for who, step in about["kept"].items()
         },
         stopped_by=about["stopped_by"],
+        stopper=about["stopper"],
         restore=about["restore"],
         history=tuple(_remembered(event) for event in about["history"]),
     )
@@ -232,6 +236,17 @@ def _told(checkpoint: Checkpoint) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Return ``value`` as JSON gives it back: tuples as lists."""
     return json.loads(json.dumps(value))
+
+
+def _first_difference(where: str, there: Any, here: Any) -> tuple[str, Any, Any] | None:
+    """Return where two JSON values differ first, as ``optimizer.learning_rate.peak``, and what they are there."""
+    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        inner = ((f"{where}.{key}", there[key], here[key]) for key in there)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        inner = ((f"{where}[{number}]", *pair) for number, pair in enumerate(zip(there, here, strict=True)))
+    else:
+        return None if there == here else (where, there, here)
+    return next((found for item in inner if (found := _first_difference(*item)) is not None), None)
 
 
 def _short(value: Any, length: int = 200) -> str:

@@ -86,6 +86,8 @@ class EarlyStopping:
         if not isinstance(event, EpochEnd):
             return state, NOTHING
         value = monitored(event, self.monitor)
+        if value is None:
+            return state, NOTHING
         if is_better(value, state["best"], self.mode or usual_mode(self.monitor), self.min_delta):
             return {"best": value, "epochs": 0}, Decision(keep_best=self.restore_best)
         epochs = state["epochs"] + 1
@@ -131,6 +133,8 @@ class ReduceOnPlateau:
         if not isinstance(event, EpochEnd):
             return state, NOTHING
         value = monitored(event, self.monitor)
+        if value is None:
+            return state, NOTHING
         if is_better(value, state["best"], self.mode or usual_mode(self.monitor), self.min_delta):
             return {**state, "best": value, "epochs": 0}, NOTHING
         epochs = state["epochs"] + 1
@@ -140,13 +144,52 @@ class ReduceOnPlateau:
         return scaled, Decision(scale_learning_rate=self.factor)
 
 
-def monitored(event: EpochEnd, monitor: str) -> float:
-    """Return the figure called ``monitor`` of an epoch's end.
+@dataclass(frozen=True)
+class KeepBest:
+    """Keeps the weights of the epoch with the best ``monitor``, and lets the run go on to its end as it is.
+
+    They are in ``state.kept["keep_best"]``, and so in every checkpoint; ``callbacks.SaveBest`` makes a file of them.
+
+    Args:
+        monitor: as for ``EarlyStopping``.
+        min_delta: what counts as better is better by more than this, at least 0.
+        mode: as for ``EarlyStopping``.
+        name: of its state.
+    """
+
+    monitor: str = "validation.loss"
+    min_delta: float = 0.0
+    mode: Mode | None = None
+    name: str = "keep_best"
+
+    def __post_init__(self) -> None:
+        _check_patience(1, self.min_delta)
+
+    def begin(self) -> JSON:
+        """Return the state before the first epoch."""
+        return {"best": None}
+
+    def update(self, state: JSON, event: Event) -> tuple[JSON, Decision]:
+        """Look at the ends of epochs."""
+        if not isinstance(event, EpochEnd):
+            return state, NOTHING
+        value = monitored(event, self.monitor)
+        if value is None:
+            return state, NOTHING
+        if is_better(value, state["best"], self.mode or usual_mode(self.monitor), self.min_delta):
+            return {"best": value}, Decision(keep_best=True)
+        return state, NOTHING
+
+
+def monitored(event: EpochEnd, monitor: str) -> float | None:
+    """Return the figure called ``monitor`` of an epoch's end; None of an evaluation where there was none yet.
 
     Raises:
-        ValueError: there is none of that name, or the run has no validation data.
+        ValueError: there is none of that name.
     """
     where, _, name = monitor.rpartition(".")
+    if where == "validation" and event.validation is None:
+        return None
     if where == "" and name in ("loss", "accuracy"):
         return float(getattr(event, name))
     if where == "validation" and event.validation is not None:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from asynctrain._files import write_whole
+from asynctrain.errors import CheckpointError
+from asynctrain.train import checkpoint
+from asynctrain.train.controllers import Mode, is_better, monitored, usual_mode
 from asynctrain.train.events import EpochEnd, Evaluation, Reason
+from asynctrain.train.recorded import RecordedRun
 from asynctrain.train.state import TrainState
+
+if TYPE_CHECKING:
+    from asynctrain.train.plots import Picture
+
+Row = Mapping[str, float]
+SHOWN = 10  # epochs in a notebook
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +32,8 @@ class History:
     Attributes:
         state: the last state, in read-only arrays of its own.
         events: the ends of epochs and the evaluations, those of earlier attempts included.
-        reason: ``finished`` or ``stopped``.
+        reason: ``finished`` or ``stopped``; of one that is loaded also ``cancelled`` or ``failed``, and None where no
+            end is told: the run is under way, or was killed.
         samples: how many samples were trained on, earlier attempts included.
         seconds: how long this attempt took.
         samples_per_second: of this attempt, validation included.
@@ -23,10 +41,28 @@ class History:
 
     state: TrainState = field(compare=False)
     events: tuple[EpochEnd | Evaluation, ...]
-    reason: Reason
+    reason: Reason | None
     samples: int
     seconds: float = field(compare=False)
     samples_per_second: float = field(compare=False)
+
+    @classmethod
+    def load(cls, run_dir: str | PathLike[str]) -> History:
+        """Return the history of a run as its folder tells it, up to its latest checkpoint. Blocks.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+            CheckpointError: it holds no checkpoint, or the latest cannot be used.
+        """
+        run = RecordedRun.read(Path(run_dir))
+        if not run.checkpoints:
+            raise CheckpointError(run.path, "this run has no checkpoint yet")
+        state = checkpoint.load(run.checkpoints[0]).state
+        reason = None if run.end is None else run.end.reason
+        if state.restore and reason in ("finished", "stopped"):
+            kept = state.kept[state.restore]
+            state = replace(state, params=kept.params, model_state=kept.model_state)
+        return cls(state.read_only(), state.history, reason, state.samples, run.seconds, run.samples_per_second)
 
     @property
     def epochs(self) -> tuple[EpochEnd, ...]:
@@ -38,7 +74,133 @@ class History:
         """The evaluations, in their order."""
         return tuple(event for event in self.events if isinstance(event, Evaluation))
 
+    def best(self, monitor: str = "validation.loss", mode: Mode | None = None) -> EpochEnd:
+        """Return the epoch with the best ``monitor``, the earliest of equals.
+
+        Args:
+            monitor: ``"validation.loss"``, ``"accuracy"``, ``"validation.<metric>"``, ... as for ``EarlyStopping``.
+            mode: ``"min"`` or ``"max"``; by default more of anything but a loss or an error is better.
+
+        Raises:
+            ValueError: no epoch is over, ``monitor`` is no figure of this run, or it is NaN in every epoch.
+        """
+        return best_of(self.epochs, monitor, mode)
+
+    def to_rows(self) -> list[Row]:
+        """Return a mapping for each epoch: epoch, step, loss, accuracy, validation.loss, ... for a data frame, say."""
+        return [row_of(epoch) for epoch in self.epochs]
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write ``to_rows()`` as CSV with a line of names. Blocks; raises ``OSError``."""
+        write_whole(Path(path), csv_of(self.to_rows()).encode())
+
+    def plot(self) -> Picture:
+        """Return a figure of loss, accuracy and the other metrics over the epochs.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not there; the extra ``plot`` brings it.
+        """
+        from asynctrain.train import plots
+
+        return plots.curves(self.epochs, self.evaluations)
+
+    def plot_confusion(self, classes: Sequence[str] = ()) -> Picture:
+        """Return a figure of the last evaluation's confusion matrix, ``classes`` naming its rows and columns.
+
+        Raises:
+            ValueError: no evaluation has one; the metric ``confusion`` asks for it.
+            ModuleNotFoundError: as for ``plot``.
+        """
+        from asynctrain.train import plots
+
+        return plots.confusion_matrix(self._last("confusion"), classes)
+
+    def plot_mistakes(self, classes: Sequence[str] = ()) -> Picture:
+        """Return a figure of the last evaluation's worst mistakes, as images where they come from files. Blocks.
+
+        Raises:
+            ValueError: no evaluation has them; the metric ``worst`` asks for them.
+            ModuleNotFoundError: as for ``plot``.
+        """
+        from asynctrain.train import plots
+
+        return plots.mistakes(self._last("worst"), classes)
+
+    def _last(self, metric: str) -> Any:
+        found = last_metric(self.evaluations, metric)
+        if found is None:
+            raise ValueError(f"no evaluation of this run has the metric {metric!r}")
+        return found
+
+    def _repr_html_(self) -> str:
+        from asynctrain.train.report import table
+
+        return f"<p>{repr(self)[1:-1]}</p>{table(self.epochs[-SHOWN:])}{self._curves()}"
+
+    def _curves(self) -> str:
+        try:
+            from asynctrain.train import plots
+        except ModuleNotFoundError:
+            return ""  # without matplotlib a notebook shows the table alone
+        return plots.to_svg(plots.curves(self.epochs, self.evaluations)) if self.epochs else ""
+
     def __repr__(self) -> str:
         last = self.epochs[-1] if self.epochs else None
         told = f", loss {last.loss:.4f}, accuracy {last.accuracy:.4f}" if last else ""
-        return f"<History {self.reason}, {len(self.epochs)} epochs, step {self.state.step}{told}>"
+        reason = self.reason or "without an end"
+        return f"<History {reason}, {len(self.epochs)} epochs, step {self.state.step}{told}>"
+
+
+def best_of(epochs: Sequence[EpochEnd], monitor: str, mode: Mode | None = None) -> EpochEnd:
+    """Return the epoch with the best ``monitor``; see ``History.best``."""
+    best, value = None, None
+    for epoch in epochs:
+        found = monitored(epoch, monitor)
+        if found is not None and is_better(found, value, mode or usual_mode(monitor)):
+            best, value = epoch, found
+    if best is None:
+        raise ValueError(f"of {len(epochs)} epochs none has a {monitor} that could be the best")
+    return best
+
+
+def last_metric(evaluations: Sequence[Evaluation], metric: str) -> Any:
+    """Return what the last evaluation that has it found as ``metric``, or None."""
+    for evaluation in reversed(evaluations):
+        if evaluation.result.metrics.get(metric) is not None:
+            return evaluation.result.metrics[metric]
+    return None
+
+
+def row_of(epoch: EpochEnd) -> Row:
+    """Return the figures of an epoch by the names that ``monitor`` has for them; what is no number is left out."""
+    row: dict[str, float] = {
+        "epoch": epoch.epoch,
+        "step": epoch.step,
+        "samples": epoch.samples,
+        "seconds": epoch.seconds,
+        "loss": epoch.loss,
+        "accuracy": epoch.accuracy,
+    }
+    if epoch.validation is not None:
+        row |= {"validation.loss": epoch.validation.loss, "validation.accuracy": epoch.validation.accuracy}
+        row |= {f"validation.{name}": value for name, value in scalars(epoch.validation.metrics).items()}
+    return row
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return those metrics that are a single number; NaN comes back from a file as None."""
+    return {
+        name: float("nan") if value is None else value
+        for name, value in metrics.items()
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    }
+
+
+def csv_of(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows as CSV; a column for each name that any of them has, in the order in which they come."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -38,7 +38,7 @@ class EventLog:
         self._closed = False
         self._news = asyncio.Event()  # for listeners
         self._work = asyncio.Event()  # for the writer
-        self.error: OSError | None = None  # why the file could not be written; events are delivered all the same
+        self.error: Exception | None = None  # why the file could not be written; events are delivered all the same
 
     def publish(self, event: E) -> E:
         """Append ``event`` and return it with its number and time."""
@@ -61,7 +61,7 @@ class EventLog:
             if events and self._file is not None and self.error is None:
                 try:
                     await loop.run_in_executor(threads, self._file.append, events)
-                except OSError as error:
+                except Exception as error:  # the disk's, or of an event that JSON cannot hold
                     self.error = error
             for _ in events:
                 self._pending.popleft()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from asynctrain.train.checkpoint import Checkpoint
 from asynctrain.train.control import Limits, Requests
 from asynctrain.train.controllers import Controller, Decision
 from asynctrain.train.events import (
+    CheckpointSaved,
     EpochEnd,
     Evaluation,
     Event,
@@ -74,7 +76,7 @@ class Run:
     at the end of the step it is in.
     """
 
-    task: asyncio.Task[None]  # the one that trains; its owner sets it
+    task: asyncio.Task[None]  # the one that trains
 
     def __init__(self, job: Job, state: TrainState, earlier: Sequence[Event] = ()) -> None:
         self._job = job
@@ -83,10 +85,13 @@ class Run:
         self._log = EventLog(job.folder.events if job.folder else None, earlier)
         self._requests = Requests()
         self._saver: Saver | None = None
+        self._saved: list[CheckpointSaved] = []  # of which the callbacks have not heard
         self._heartbeat = Heartbeat()
         self._first_step = state.step
         self._epoch = state.cursor.epoch - _is_epoch_over(state)
         self._resumed = bool(earlier) or state.step > 0
+        attempts = [event.attempt for event in earlier if isinstance(event, Resumed)]
+        self._attempt = max(state.attempt, *attempts, 0) + 1 if self._resumed else 1  # not all came to a checkpoint
         self._told = 0  # samples that were left out
         self._samples = 0  # of this attempt
         self._last = Sums()
@@ -131,7 +136,9 @@ class Run:
         return self._classifier(self.state)
 
     def _classifier(self, state: TrainState) -> Classifier:
-        return Classifier.from_state(self._job.model, state, classes=self._job.loader.classes)
+        loader = self._job.loader
+        settings = getattr(loader, "settings", None)  # a loader of the user's own may have none
+        return Classifier.from_state(self._job.model, state, classes=loader.classes, settings=settings)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self.events()
@@ -149,6 +156,7 @@ class Run:
 
     async def pause(self) -> int:
         """Let the run wait after the step it is in; return how many steps are done, once it does, or has ended."""
+        self._require_elsewhere()
         if not self._ended.is_set():
             await self._requests.ask_to_pause().wait()
         return self._state.step
@@ -169,10 +177,12 @@ class Run:
             raise ValueError("run_dir must be given to a run that is to be checkpointed")
         if self._ended.is_set():
             raise ClosedError("the run has ended, and its last state is saved already")
+        self._require_elsewhere()
         return await self._requests.ask_for_checkpoint()
 
     async def stop(self) -> History:
         """Let the run end, normally, after the step it is in, and return its history."""
+        self._require_elsewhere()
         self._requests.ask_to_stop()
         return await self.result()
 
@@ -186,11 +196,21 @@ class Run:
 
         Raises the run's error if it failed, ``CancelledError`` if it was cancelled.
         """
+        self._require_elsewhere()
         await self._ended.wait()
         return self.history()
 
+    def _require_elsewhere(self) -> None:
+        if asyncio.current_task() is self.task:
+            raise RuntimeError(
+                "a callback cannot wait for the run, which waits for the callback; a controller can decide to stop, "
+                "and a task of the program's own can ask for anything"
+            )
+
     def history(self) -> History:
-        """Return what was reached, once the run has ended; raises like ``result``."""
+        """Return what was reached, once the run has ended; raises like ``result``, ``RuntimeError`` before the end."""
+        if not self._ended.is_set():
+            raise RuntimeError("a run has its history at its end; await run.result() waits for it")
         self.raise_error()
         if self._reason == "cancelled":
             raise asyncio.CancelledError
@@ -204,10 +224,14 @@ class Run:
 
     # What it does
 
+    def begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Start the run's task, a cancellation of which may come before it has done anything."""
+        self.task = tasks.create_task(self.main(), name="train")
+        self.task.add_done_callback(lambda task: self._end())
+
     async def main(self) -> None:
         """Train to the end: the body of the run's task. Errors are kept for the listeners, a cancellation passes."""
         async with AsyncExitStack() as stack:
-            stack.callback(self._end)
             threads = await stack.enter_async_context(thread_pool(2, "files"))
             serving = await stack.enter_async_context(ServingGroup())
             serving.create_task(self._log.write(threads), name="write-events")
@@ -220,7 +244,7 @@ class Run:
                     self._job.describe,
                     serving,
                     threads,
-                    self._log.publish,
+                    self._tell_saved,
                 )
             try:
                 self._reason = await self._train()
@@ -262,9 +286,11 @@ class Run:
 
     def _begun(self, state: TrainState) -> TrainState:
         controllers = {controller.name: controller.begin() for controller in self._job.controllers}
+        if state.stopper not in map(_told, self._job.controllers):
+            state = replace(state, stopped_by="", stopper="", restore="")
         return replace(
             state,
-            attempt=state.attempt + 1 if self._resumed else 1,
+            attempt=self._attempt,
             controllers={name: state.controllers.get(name, fresh) for name, fresh in controllers.items()},
         )
 
@@ -307,6 +333,7 @@ class Run:
         if self._log.error is not None:
             raise self._log.error
         await self._save_if_asked()
+        await self._attend_saved()
         if not self._requests.holds():
             return
         started = time.perf_counter()
@@ -324,6 +351,7 @@ class Run:
     async def _save_if_asked(self) -> None:
         if self._saver is None or self._step is None:
             return
+        await self._saver.keep_pace()
         self._saver.raise_error()
         waiting = self._requests.take_checkpoints()
         if waiting or self._saver.is_due(self._state):
@@ -379,14 +407,25 @@ class Run:
         for controller in self._job.controllers:
             own, decision = controller.update(self._state.controllers[controller.name], event)
             self._state = replace(self._state, controllers={**self._state.controllers, controller.name: own})
-            self._obey(controller.name, decision)
+            self._obey(controller, decision)
+        await self._call_back(event)
+
+    def _tell_saved(self, event: CheckpointSaved) -> None:
+        self._saved.append(self._log.publish(event))
+
+    async def _attend_saved(self) -> None:
+        """Let callbacks hear of checkpoints, between two steps; controllers must not, as the moment is a chance."""
+        while self._saved:
+            await self._call_back(self._saved.pop(0))
+
+    async def _call_back(self, event: Event) -> None:
         for callback in self._job.callbacks:
             waiting = callback(event)
             if inspect.isawaitable(waiting):
                 await waiting
 
-    def _obey(self, name: str, decision: Decision) -> None:
-        state = self._state
+    def _obey(self, controller: Controller, decision: Decision) -> None:
+        state, name = self._state, controller.name
         if decision.scale_learning_rate != 1.0:
             scale = state.learning_rate_scale * decision.scale_learning_rate
             self._state = state = replace(state, learning_rate_scale=scale)
@@ -396,7 +435,7 @@ class Run:
             self._state = state = replace(state, kept={**state.kept, name: kept})
         if decision.stop and not state.stopped_by:
             restore = name if decision.restore_best and name in state.kept else ""
-            self._state = replace(state, stopped_by=decision.stop, restore=restore)
+            self._state = replace(state, stopped_by=decision.stop, stopper=_told(controller), restore=restore)
 
     async def _tell_skipped(self, batches: BatchIterator) -> None:
         """Tell the samples that were left out and belong to the epoch, or one before it."""
@@ -413,7 +452,7 @@ class Run:
             if self._job.folder is not None and self._state.step:
                 save = partial(self._classifier(self._result()).save, self._job.folder.model)
                 await asyncio.get_running_loop().run_in_executor(threads, save)
-        except OSError as error:
+        except Exception as error:
             self._error = self._error or error
             self._reason = "failed" if self._reason != "cancelled" else self._reason
         finally:
@@ -432,6 +471,7 @@ class Run:
 
     async def _tell_end(self, end: RunEnd) -> None:
         try:
+            await self._attend_saved()
             await self._tell(end)
         except Exception as error:  # a callback's
             self._error = self._error or error
@@ -477,3 +517,8 @@ class Run:
 def _is_epoch_over(state: TrainState) -> bool:
     """Return whether the epoch before the cursor's is done and its end not yet told."""
     return state.cursor.position == 0 and state.sums.samples > 0
+
+
+def _told(controller: Controller) -> str:
+    """Return what a controller says of itself, without the address that only one process knows."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(controller))

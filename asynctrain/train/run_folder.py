@@ -65,11 +65,14 @@ class RunFolder:
         path = self.checkpoint_path(saved.state.step)
         checkpoint.save(path, saved, stopped)
         for old in checkpoint.find(self.path)[keep:]:
-            old.unlink()
+            if old != path:  # which is not the latest where the run went on from an earlier checkpoint
+                old.unlink()
 
 
-def open_run(path: Path) -> tuple[RunFolder, Path, Checkpoint]:
+def open_run(path: Path) -> tuple[RunFolder | None, Path, Checkpoint]:
     """Return the folder, the file and the content of the checkpoint that ``path`` names: a file, or a run folder.
+
+    There is no folder where the file is not in that of a run.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -81,7 +84,8 @@ def open_run(path: Path) -> tuple[RunFolder, Path, Checkpoint]:
         if found is None:
             raise CheckpointError(path, "this folder holds no checkpoint to go on from")
         return folder, *found
-    return RunFolder(path.parent.parent), path, checkpoint.load(path)
+    folder = RunFolder(path.parent.parent)
+    return folder if folder.holds_run() else None, path, checkpoint.load(path)
 
 
 def _without_none(value: Any) -> Any:

@@ -23,7 +23,8 @@ class Saving:
     """When a run with a ``run_dir`` saves its state; whatever this says, it does so at its end, errors included.
 
     Attributes:
-        steps: after every so many steps.
+        steps: after every so many steps. The training goes on while the file is written, but for one step at most, so
+            that a crash costs no more than ``steps`` + 1 of them.
         seconds: whenever so many have passed; rarer where writing takes more than 2 % of the time.
         epochs: whether after each epoch.
         keep: how many checkpoints stay, the latest ones, at least 1.
@@ -71,10 +72,10 @@ class Saver:
         self._threads = threads
         self._tell = tell
         self._writing: asyncio.Task[None] | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._abandoned = threading.Event()
         self._saved_step = -1
-        self._begun_epoch = state.cursor.epoch
+        self._begun_epoch, self._begun_step = state.cursor.epoch, state.step
         self._next = self._after(0.0)
 
     def raise_error(self) -> None:
@@ -86,13 +87,19 @@ class Saver:
         """Return whether ``state`` is to be saved now; not while another is being written."""
         if self._writing is not None and not self._writing.done():
             return False
-        by_step = self._saving.steps is not None and state.step % self._saving.steps == 0
+        every = self._saving.steps
+        by_step = every is not None and state.step // every > self._begun_step // every
         by_epoch = self._saving.epochs and state.cursor.epoch > self._begun_epoch
         return by_step or by_epoch or monotonic() >= self._next
 
+    async def keep_pace(self) -> None:
+        """Wait for what is being written, where checkpoints are asked for by steps."""
+        if self._saving.steps is not None and self._writing is not None:
+            await asyncio.wait([self._writing])
+
     def begin(self, state: TrainState, waiting: Sequence[asyncio.Future[Path]] = ()) -> None:
         """Save ``state``, in arrays that nobody writes, after what is being written; tell those who wait."""
-        self._begun_epoch = state.cursor.epoch
+        self._begun_epoch, self._begun_step = state.cursor.epoch, state.step
         self._writing = self._tasks.create_task(self._save(state, waiting, self._writing), name="save-checkpoint")
 
     async def finish(self, state: TrainState) -> None:
@@ -112,7 +119,7 @@ class Saver:
         start = perf_counter()
         try:
             path = await self._written(state)
-        except OSError as error:
+        except Exception as error:  # the disk's, or of a state that JSON cannot hold; it is the run's
             self._error = error
             for future in waiting:
                 if not future.done():

@@ -40,6 +40,7 @@ class TrainState:
         controllers: the state of each controller, JSON, by name.
         kept: the best weights so far, by the name of the controller that wants them.
         stopped_by: why a controller ended the run, or nothing.
+        stopper: that controller as it was; with another, or none, a resumed run goes on.
         restore: the name of the controller whose kept weights the run ends with, or nothing.
         history: the ends of epochs and the evaluations so far.
     """
@@ -57,6 +58,7 @@ class TrainState:
     controllers: Mapping[str, JSON] = field(default_factory=dict)
     kept: Mapping[str, Kept] = field(default_factory=dict)
     stopped_by: str = ""
+    stopper: str = ""
     restore: str = ""
     history: tuple[EpochEnd | Evaluation, ...] = ()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,11 +20,13 @@ from asynctrain.nn.model import Model
 from asynctrain.optim.apply import bound, measured, update_into
 from asynctrain.optim.transforms import Optimizer, rescaled
 from asynctrain.train.state import TrainState
-from asynctrain.types import Batch, GradientResult, GradientWork, Sums
+from asynctrain.types import Batch, GradientResult, GradientWork, Params, Sums
 
 T = TypeVar("T")
 
-SMALL = 2**16  # elements: up to here a pass over all parameters takes well under a millisecond, less than a hop costs
+PART = 2**16  # elements, at least, that are worth a job of their own
+QUICK = 2**18  # elements: up to here a pass over them takes about 0.1 ms, no more than handing it to threads does
+PASSES = 4  # over the parameters that an update is counted as
 
 
 def cut(samples: int, microbatch: int) -> list[slice]:
@@ -42,16 +44,25 @@ class _Part:
 
 
 def _parts(params: Arena) -> list[_Part]:
-    """Divide the parameters, in their order, into parts of at least ``SMALL`` elements (the last may be smaller)."""
+    """Divide the parameters, in their order, into parts of at least ``PART`` elements (the last may be smaller)."""
     parts: list[_Part] = []
     names: list[str] = []
     start = 0
     for name, offset in params.layout.offsets.items():
-        if offset - start >= SMALL:
+        if offset - start >= PART:
             parts.append(_Part(tuple(names), slice(start, offset)))
             names, start = [], offset
         names.append(name)
     return [*parts, _Part(tuple(names), slice(start, params.layout.size))]
+
+
+def _as_one(arena: Arena, part: _Part) -> Params:
+    return {"all": arena.vector[part.stretch]}
+
+
+def _work(step: int, microbatch: int, of: int, batch: Batch, piece: slice) -> GradientWork:
+    weights = None if batch.weights is None else batch.weights[piece]
+    return GradientWork(step, microbatch, of, batch.images[piece], batch.labels[piece], weights)
 
 
 class TrainStep:
@@ -101,7 +112,7 @@ class TrainStep:
         sums = await self._reduced_gradients(state, batch)
         squares = await self._for_each_part(self._sum_of_squares)
         if not math.isfinite(sums.loss) or not math.isfinite(sum(squares)):
-            raise DivergenceError(state.step + 1, sums.mean_loss)
+            raise DivergenceError(state.step + 1, sums.mean_loss, batch.sources)
         if not sums.weight:
             raise WeightlessBatchError(state.step + 1)
         await self._update(state, 1.0 / sums.weight)
@@ -140,7 +151,7 @@ class TrainStep:
             tasks = [
                 group.create_task(self._microbatch_gradients(work, turns[i], turns[i + 1]), name=f"microbatch-{i}")
                 for i, piece in enumerate(pieces)
-                for work in [GradientWork(state.step, i, len(pieces), batch.images[piece], batch.labels[piece])]
+                for work in [_work(state.step, i, len(pieces), batch, piece)]
             ]
             return sum(await asyncio.gather(*tasks), start=Sums())
 
@@ -156,10 +167,10 @@ class TrainStep:
         following.set()
         return result.sums
 
-    async def _for_each_part(self, function: Callable[[_Part], T]) -> list[T]:
-        """Gather ``function`` of each part, in threads where the model is large."""
-        if len(self._parts) == 1:
-            return [function(self._parts[0])]
+    async def _for_each_part(self, function: Callable[[_Part], T], passes: int = 1) -> list[T]:
+        """Gather ``function`` of each part, in threads where that many passes over the parameters take a while."""
+        if len(self._parts) == 1 or passes * self._gradients.layout.size <= QUICK:
+            return [function(part) for part in self._parts]
         loop = asyncio.get_running_loop()
         return await asyncio.gather(*(loop.run_in_executor(self._threads, function, part) for part in self._parts))
 
@@ -181,7 +192,7 @@ class TrainStep:
         if optimizer.reduction:
             measures = await self._for_each_part(partial(self._measure_part, state, scale))
             optimizer = bound(optimizer, chain.from_iterable(measures))
-        await self._for_each_part(partial(self._update_part, optimizer, state, scale))
+        await self._for_each_part(partial(self._update_part, optimizer, state, scale), PASSES)
 
     def _optimizer_at(self, learning_rate_scale: float) -> Optimizer:
         if self._rescaled is None or self._rescaled[0] != learning_rate_scale:
@@ -202,14 +213,16 @@ class TrainStep:
         )
 
     def _update_part(self, optimizer: Optimizer, state: TrainState, scale: float, part: _Part) -> None:
-        update_into(
-            optimizer,
-            part.names,
-            state.params,
-            self._gradients,
-            state.optimizer_state,
-            state.step,
-            self._spare.params,
-            self._spare.optimizer_state,
-            scale=scale,
-        )
+        after = self._spare
+        names: tuple[str, ...] = part.names
+        params: list[Params] = [state.params, self._gradients, after.params]
+        slots: list[Mapping[str, Params]] = [state.optimizer_state, after.optimizer_state]
+        if optimizer.uniform:  # then the part is as good as one array, and there is one call where there were many
+            names = ("all",)
+            params = [_as_one(arena, part) for arena in (state.params, self._gradients, after.params)]
+            slots = [
+                {slot: _as_one(arena, part) for slot, arena in arenas.items()}
+                for arenas in (state.optimizer_state, after.optimizer_state)
+            ]
+        before, gradients, params_after = params
+        update_into(optimizer, names, before, gradients, slots[0], state.step, params_after, slots[1], scale=scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -14,8 +15,10 @@ from asynctrain._aio import ServingGroup, in_thread
 from asynctrain._version import __version__
 from asynctrain.executors.base import Executor
 from asynctrain.executors.fingerprint import numeric_fingerprint
+from asynctrain.inference.classifier import Trained
 from asynctrain.inference.evaluate import Evaluation, Metric, evaluate
 from asynctrain.nn import losses
+from asynctrain.nn.kernels.backend import require_kernels
 from asynctrain.nn.losses import LossFunction
 from asynctrain.nn.model import Model
 from asynctrain.optim.apply import initial_state
@@ -30,6 +33,7 @@ from asynctrain.train.run import Callback, Job, Run
 from asynctrain.train.run_folder import RunFolder, open_run
 from asynctrain.train.saving import Saving
 from asynctrain.train.state import TrainState
+from asynctrain.train.transfer import transfer
 from asynctrain.types import JSON, BatchStream, Normalization, Program
 
 
@@ -75,8 +79,8 @@ class Options(TypedDict, total=False):
 class _Found(NamedTuple):
     """A run to go on with."""
 
-    folder: RunFolder
     state: TrainState
+    folder: RunFolder | None
     earlier: Sequence[Event]
 
 
@@ -93,6 +97,8 @@ class Trainer:
         loss: a loss of ``nn.losses``, or its name: ``nn.losses.softmax_cross_entropy(label_smoothing=0.1)``.
         normalization: how pixels become numbers.
         dtype: of parameters and arithmetic, ``float32`` or ``float64``.
+        kernels: what computes: ``"numpy"``, or ``"numba"`` (extra ``numba``), which is faster. Each gives the same bits
+            wherever it runs, but not those of the other.
     """
 
     def __init__(
@@ -106,11 +112,13 @@ class Trainer:
         loss: str | LossFunction = "softmax_cross_entropy",
         normalization: Normalization | None = None,
         dtype: str = "float32",
+        kernels: str = "numpy",
     ) -> None:
         if microbatch < 1:
             raise ValueError(f"microbatch must be at least 1, got {microbatch}")
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}")
+        require_kernels(kernels)
         self._model = model
         self._optimizer = optimizer
         self._executor = executor
@@ -118,7 +126,7 @@ class Trainer:
         described = loss if isinstance(loss, str) else loss.to_json()
         losses.from_json(described)
         require_seed(seed)
-        self._program = Program(model.to_json(), described, normalization or Normalization(), dtype, seed)
+        self._program = Program(model.to_json(), described, normalization or Normalization(), dtype, seed, kernels)
         self._run: Run | None = None
         self._running = False
 
@@ -127,10 +135,23 @@ class Trainer:
         """The last state of the last run, or else the initial one, in read-only arrays of the caller's own."""
         return self._run.state if self._run else self.initial_state()
 
-    def initial_state(self) -> TrainState:
-        """Return the state before the first step."""
-        params = self._model.init(self._program.seed, self._program.dtype)
-        return TrainState(self._program, params, initial_state(self._optimizer, params), self._model.init_state())
+    def initial_state(self, weights: Trained | None = None, only: str | Sequence[str] = "*") -> TrainState:
+        """Return the state before the first step.
+
+            >>> state = trainer.initial_state(at.Classifier.load("birds.safetensors"), only=["conv*", "norm*"])
+
+        Args:
+            weights: a classifier or a state whose parameters and running statistics this one begins with.
+            only: a pattern, or several, for the names of those that are taken (``*`` any characters, ``?`` one); the
+                others are drawn anew, as the seed has it.
+
+        Raises:
+            ValueError: a pattern fits nothing here, or what it fits is not there in ``weights``, or of another shape.
+        """
+        params, model_state = self._model.init(self._program.seed, self._program.dtype), self._model.init_state()
+        if weights is not None:
+            transfer(weights, [only] if isinstance(only, str) else only, params, model_state)
+        return TrainState(self._program, params, initial_state(self._optimizer, params), model_state)
 
     async def fit(self, loader: BatchStream, **options: Unpack[Options]) -> History:
         """Train to the end and return the history; the arguments are those of ``start``.
@@ -167,17 +188,19 @@ class Trainer:
             FileNotFoundError: there is nothing at ``resume``.
             CheckpointError: what is at ``resume`` cannot be used here; the message says what differs.
             FingerprintError: this machine would give other bits, and ``bits`` is not ``"close"``.
+            TypeError: there is no option of that name.
             RuntimeError: this trainer has a run under way.
         """
         if self._running:
             raise RuntimeError("this trainer has a run under way; start another with a Trainer of its own")
         self._require_fit(loader)
+        _require_known(options)
         job, state, earlier = await self._begin(loader, options)
         run = self._run = Run(job, state, earlier)
         self._running = True
         try:
             async with ServingGroup() as group:
-                run.task = group.create_task(run.main(), name="train")
+                run.begin(group)
                 yield run
         finally:
             self._running = False
@@ -191,9 +214,8 @@ class Trainer:
         run_dir, resume = options.get("run_dir"), options.get("resume")
         folder = None if run_dir is None else RunFolder(Path(run_dir))
         if resume is not None:
-            found = await in_thread(self._found, Path(resume), describe, options.get("bits", "same"))
-            state, folder = found.state, folder or found.folder
-            earlier = found.earlier if folder.path.resolve() == found.folder.path.resolve() else ()
+            found = await in_thread(self._found, Path(resume), folder, describe, options.get("bits", "same"))
+            state, folder, earlier = found
         job = self._job(loader, options, folder, describe)
         if folder is not None and not earlier:
             await in_thread(self._create, folder, job, options)
@@ -220,35 +242,43 @@ class Trainer:
             validate_every=options.get("validate_every"),
             metrics=tuple(options.get("metrics", ())),
             callbacks=tuple(options.get("callbacks", ())),
-            controllers=_named(options.get("controllers", ())),
+            controllers=_checked(options.get("controllers", ()), options.get("validate") is not None),
             saving=options.get("checkpoints", Saving()),
             folder=folder,
             describe=describe,
         )
 
-    def _found(self, path: Path, describe: Callable[[TrainState], Checkpoint], bits: str) -> _Found:
-        """Return what is at ``path``, checked against this trainer. Blocks."""
+    def _found(
+        self, path: Path, wanted: RunFolder | None, describe: Callable[[TrainState], Checkpoint], bits: str
+    ) -> _Found:
+        """Return what is at ``path``, checked against this trainer, to go on in the folder ``wanted``. Blocks."""
         folder, file, saved = open_run(path)
         saved.require(file, describe(self.initial_state()), bits)
-        return _Found(folder, saved.state, folder.events.read())
+        goes_on = folder is not None and (wanted is None or wanted.path.resolve() == folder.path.resolve())
+        return _Found(saved.state, wanted or folder, folder.events.read() if folder and goes_on else ())
 
     def _described(self, loader: BatchStream, state: TrainState) -> Checkpoint:
-        fingerprint = numeric_fingerprint()
+        fingerprint = numeric_fingerprint(self._program.kernels)
         return Checkpoint(state, self._optimizer_json(), self._microbatch, loader.description, fingerprint, __version__)
 
     def _optimizer_json(self) -> JSON:
         try:
             return self._optimizer.to_json()
         except TypeError:  # a function of the user's own, which can only be told
-            return {"repr": repr(self._optimizer)}
+            return {"repr": re.sub(r" at 0x[0-9a-f]+", "", repr(self._optimizer))}  # an address is of one process alone
 
-    async def evaluate(self, data: BatchStream, state: TrainState | None = None) -> Evaluation:
-        """Return loss and accuracy of ``state`` (by default ``trainer.state``) over one epoch of ``data``, a loader."""
+    async def evaluate(
+        self, data: BatchStream, state: TrainState | None = None, *, metrics: Sequence[Metric] = ()
+    ) -> Evaluation:
+        """Return loss, accuracy and ``metrics`` of ``state`` (by default ``trainer.state``) over an epoch of ``data``.
+
+        ``data`` is a loader.
+        """
         self._require_fit(data)
         state = state or self.state
         async with self._executor.open(state.program) as session:
             await session.broadcast(state.params, state.model_state, state.step)
-            return await evaluate(session, state.step, data, self._microbatch)
+            return await evaluate(session, state.step, data, self._microbatch, metrics)
 
     def _validation_stream(self, loader: BatchStream, validate: Any) -> BatchStream | None:
         if validate is None:
@@ -284,15 +314,25 @@ class Trainer:
             "optimizer": self._optimizer_json(),
             "data": job.loader.description,
             "program": self._program.to_json(),
-            "fingerprint": numeric_fingerprint(),
+            "fingerprint": numeric_fingerprint(self._program.kernels),
         }
 
     def __repr__(self) -> str:
         return f"<Trainer of {self._model!r} on {self._executor!r}>"
 
 
-def _named(controllers: Sequence[Controller]) -> tuple[Controller, ...]:
+def _require_known(options: Options) -> None:
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(Options.__annotations__)}; got {', '.join(sorted(unknown))}")
+
+
+def _checked(controllers: Sequence[Controller], validates: bool) -> tuple[Controller, ...]:
     names = [controller.name for controller in controllers]
     if len(set(names)) < len(names):
         raise ValueError(f"controllers must have names of their own, got {', '.join(names)}")
+    for controller in controllers:
+        monitor = getattr(controller, "monitor", "")
+        if monitor.startswith("validation.") and not validates:
+            raise ValueError(f"validate must be given to a run whose {controller.name} monitors {monitor}")
     return tuple(controllers)

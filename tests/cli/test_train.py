@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ def test_every_tenth_can_be_held_out_and_none_of_it_is_trained_on(
     asynctrain: Asynctrain, image_folder: Path, tmp_path: Path
 ) -> None:
     asynctrain("train", image_folder, "--model", "linear", "--epochs", 1, "--holdout", 0.1, "--out", tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["samples_per_epoch"] == 36
+    config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert config["data"]["samples"] == 36
 
 
 @pytest.mark.parametrize("name", ["test", "val"])

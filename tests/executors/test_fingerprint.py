@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -24,3 +26,14 @@ def test_equal_fingerprints_pass_and_others_name_each_difference() -> None:
     with pytest.raises(FingerprintError, match=r"numpy is '2\.0' here and '2\.1' there") as caught:
         require_same(ours, {"numpy": "2.1", "blas": "openblas"})
     assert caught.value.differences == {"numpy": ("2.0", "2.1")}
+
+
+def test_libraries_that_other_packages_load_are_no_part_of_it() -> None:
+    code = (
+        "from asynctrain.executors.fingerprint import numeric_fingerprint as fingerprint\n"
+        "before = fingerprint()\n"
+        "import scipy.linalg\n"  # the wheel of scipy has a BLAS of its own
+        "assert fingerprint() == before, (before, fingerprint())\n"
+        "assert before['blas']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

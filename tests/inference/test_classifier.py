@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import tracemalloc
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -38,8 +40,7 @@ async def test_a_path_bytes_a_pillow_image_and_an_array_give_the_same_prediction
     forms: list[ImageLike] = [tmp_path / "image.png", str(tmp_path / "image.png"), encoded.getvalue(), image, PIXELS]
     one_by_one = [await classifier.predict(form) for form in forms]
     assert one_by_one == [one_by_one[0]] * 5
-    together = await classifier.predict(forms)
-    assert [prediction.label for prediction in together] == [one_by_one[0].label] * 5
+    assert await classifier.predict(forms) == one_by_one
 
 
 async def test_probabilities_are_the_softmax_of_the_models_outputs_best_first(classifier: at.Classifier) -> None:
@@ -56,6 +57,52 @@ async def test_an_executor_gives_the_same_bits_as_the_calls_own_thread(classifie
     many = [np.roll(PIXELS, shift, axis=0) for shift in range(10)] * 10
     async with at.ThreadExecutor(2) as executor:
         assert await classifier.predict(many, executor=executor) == await classifier.predict(many)
+
+
+@pytest.mark.parametrize("model", [MODEL, at.models.mlp(num_classes=3, image_shape=(10, 14, 3), hidden=(200,))])
+async def test_what_an_image_is_told_to_be_depends_to_the_last_bit_on_nothing_that_is_asked_beside_it(
+    model: at.Model,
+) -> None:
+    classifier = at.Classifier(Program(model.to_json()), model.init(0), {}, CLASSES, ImageSettings((10, 14), 3))
+    images = list(np.random.default_rng(2).integers(0, 256, (100, 10, 14, 3), dtype=np.uint8))
+    alone = [await classifier.predict(image) for image in images]
+    assert await classifier.predict(images) == alone
+    assert await asyncio.gather(*(classifier.predict(image) for image in images)) == alone
+    async with at.ThreadExecutor(2) as executor:
+        assert await classifier.predict(images, executor=executor) == alone
+
+
+async def test_an_image_that_cannot_be_decoded_fails_only_the_call_it_is_in(classifier: at.Classifier) -> None:
+    good = await classifier.predict(PIXELS)
+    calls = (PIXELS, b"no image", [PIXELS, b"nor this"], [PIXELS, PIXELS])
+    found = await asyncio.gather(*(classifier.predict(call) for call in calls), return_exceptions=True)  # type: ignore[arg-type]
+    assert [type(answer) for answer in found[1:3]] == [DecodeError, DecodeError]
+    assert [found[0], *cast("list[at.Prediction]", found[3])] == [good] * 3
+
+
+async def test_a_prediction_that_is_cancelled_harms_none_of_those_computed_with_it(classifier: at.Classifier) -> None:
+    good = await classifier.predict(PIXELS)
+    tasks = [asyncio.create_task(classifier.predict(PIXELS)) for _ in range(20)]
+    await asyncio.sleep(0)
+    for task in tasks[::3]:
+        task.cancel()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(answer, asyncio.CancelledError) for answer in found] == [n % 3 == 0 for n in range(20)]
+    assert all(answer == good for n, answer in enumerate(found) if n % 3)
+
+
+async def test_read_only_weights_are_used_as_they_are_and_nothing_is_prepared_before_it_is_needed() -> None:
+    model = at.models.mlp(num_classes=3, image_shape=(64, 64, 3), hidden=(100,))  # 5 MB
+    state = at.Trainer(model, optimizer=at.optim.sgd(0.1), executor=at.InlineExecutor()).state.read_only()
+    tracemalloc.start()
+    try:
+        classifiers = [at.Classifier.from_state(model, state, classes=CLASSES) for _ in range(10)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000
+    image = np.zeros((64, 64, 3), np.uint8)
+    assert await classifiers[0].predict(image) == await classifiers[9].predict(image)
 
 
 async def test_concurrent_predictions_do_not_mix(classifier: at.Classifier) -> None:

@@ -13,6 +13,7 @@ import pytest
 from asynctrain.arena import Array, Shape
 from asynctrain.nn import Conv2D, Layer, Model, Scope, Workspace, layer_from_json
 from asynctrain.nn.kernels import winograd
+from asynctrain.nn.kernels.backend import NUMPY
 from asynctrain.testing import check_gradients
 
 VARIANTS: list[tuple[Conv2D, Shape]] = [
@@ -128,6 +129,7 @@ def relative_error(found: Array, expected: Array) -> float:
 LARGE: list[tuple[str, Conv2D, tuple[int, ...]]] = [
     ("winograd", Conv2D(64, 3), (10, 16, 16, 64)),
     ("winograd", Conv2D(48, 3), (3, 37, 34, 40)),  # tiles at the edges have fewer pixels
+    ("winograd", Conv2D(32, 3), (2, 61, 66, 40)),  # several blocks in an image
     ("winograd", Conv2D(128, 3, padding="valid"), (8, 10, 10, 96)),
     ("winograd", Conv2D(32, 3, padding=((0, 4), (3, 1))), (2, 16, 70, 64)),
     ("columns", Conv2D(32, 3), (8, 32, 32, 3)),
@@ -176,7 +178,7 @@ def test_all_three_parts_agree_with_the_definition_in_float64(
     algorithm: str, layer: Conv2D, shape: tuple[int, ...], dtype: type, tolerance: float
 ) -> None:
     x, dy, weight = drawn(layer, shape, dtype)
-    assert type(layer._algorithm(dy.shape, shape[3])).__name__ == f"_{algorithm.title()}"
+    assert type(layer._algorithm(dy.shape, shape[3], NUMPY)).__name__ == f"_{algorithm.title()}"
     found = passed(layer, x, dy, weight, Workspace(), later=False)
     margins = margins_of(layer, shape[1:])
     dx, dweight = transposes_by_definition(layer, x, weight, dy, margins)
@@ -240,6 +242,33 @@ def test_winograd_gradients_agree_with_central_differences(
     check_gradients(layer, input_shape, batch=2)
 
 
+@pytest.mark.parametrize("shape", [(10, 16, 16, 8), (3, 37, 34, 8), (2, 61, 66, 8)])
+def test_winograd_gives_the_same_weight_gradient_from_tiles_that_were_kept_as_from_the_image(
+    shape: tuple[int, ...],
+) -> None:
+    rng = np.random.default_rng(5)
+    x, dy = (rng.standard_normal((*shape[:3], channels), np.float32) for channels in (shape[3], 12))
+    weight = rng.standard_normal((3, 3, shape[3], 12), np.float32)
+    plan = winograd.blocks(dy.shape)
+    spectrum, partial = (np.empty((36, shape[3], 12), np.float32) for _ in range(2))
+    scratch, seen = np.empty(plan.scratch(12), np.float32), np.full(plan.seen(shape[0], shape[3]), np.nan, np.float32)
+    winograd.correlate(x, weight, (1, 1), out=np.empty_like(dy), spectrum=spectrum, scratch=scratch, seen=seen)
+    kept, again = [
+        winograd.correlate_backward_params(
+            image,
+            dy,
+            (1, 1),
+            out=np.empty_like(weight),
+            spectrum=spectrum,
+            partial=partial,
+            scratch=scratch,
+            seen=tiles,
+        )
+        for image, tiles in ((np.full_like(x, np.nan), seen), (x, None))
+    ]
+    np.testing.assert_array_equal(kept, again)
+
+
 def test_winograd_blocks_cover_each_row_of_tiles_once() -> None:
     for output in [(32, 32, 32, 8), (70, 7, 5, 8), (1, 1, 1, 1), (3, 400, 90, 2), (2, 6, 700, 2), (5, 64, 64, 2)]:
         plan = winograd.blocks(output)
@@ -253,10 +282,13 @@ def test_winograd_blocks_cover_each_row_of_tiles_once() -> None:
 
 def test_winograd_is_taken_where_channels_are_many_and_tiles_are_well_filled() -> None:
     assert winograd.pays((32, 32, 32, 32), 32)
+    assert winograd.pays((32, 32, 32, 16), 16)
     assert winograd.pays((32, 4, 4, 128), 128)
+    assert winograd.pays((32, 14, 14, 32), 32)
     assert winograd.pays((1, 16, 16, 64), 64)
     assert not winograd.pays((32, 32, 32, 32), 3)
-    assert not winograd.pays((32, 32, 32, 16), 16)
+    assert not winograd.pays((32, 32, 32, 16), 8)
+    assert not winograd.pays((32, 14, 14, 16), 16)
     assert not winograd.pays((32, 5, 5, 128), 128)
     assert not winograd.pays((1, 4, 4, 128), 128)  # transforming the filters costs more than it saves
 

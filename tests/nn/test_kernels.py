@@ -98,6 +98,7 @@ def test_placing_pads_dilates_and_crops() -> None:
     assert placed(3, -2, 1) == [3, 4, 0]
     assert placed(2, 5, 1) == [0, 0]
     assert placed(2, -9, 1) == [0, 0]
+    assert placed(9, -9, 1) == [0] * 9
 
 
 def test_max_pooling_agrees_with_the_maximum_of_each_window() -> None:

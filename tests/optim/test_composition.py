@@ -177,3 +177,27 @@ def test_the_average_of_a_parameter_that_stays_is_the_parameter_to_the_bit() -> 
 def test_bad_arguments_are_told_in_one_sentence(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Delaying
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optim.adamw(optim.cosine(0.1, steps=5, warmup=2)), optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1))],
+)
+def test_a_delayed_optimizer_moves_nothing_and_then_begins_as_if_that_were_the_first_step(optimizer: Transform) -> None:
+    delayed = optim.from_json(optim.delayed(optimizer, 3).to_json())
+    still, state = trained(delayed, GRADS[:3])
+    assert digest(still) == digest(PARAMS)
+    assert all(not array.any() for arrays in state.values() for array in arrays.values())
+    params, state = trained(delayed, GRADS)
+    expected, expected_state = trained(optimizer, GRADS[3:])
+    assert_same(params, expected)
+    for slot, arrays in expected_state.items():
+        assert_same(state[slot], arrays)
+
+
+def test_a_delay_of_no_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        optim.delayed(optim.sgd(0.1), 0)

@@ -11,8 +11,10 @@ import pytest
 
 import asynctrain as at
 from asynctrain.inference import Evaluation
+from asynctrain.optim import Optimizer
 from asynctrain.train.controllers import Controller, Decision, EarlyStopping, ReduceOnPlateau, monitored
 from asynctrain.train.events import EpochEnd, Event, StepEnd
+from asynctrain.train.trainer import Options
 from asynctrain.types import JSON
 
 
@@ -92,10 +94,9 @@ class Scripted:
         return {"seen": state["seen"] + 1}, self.script.get(event.step, Decision())
 
 
-def trainer(model: at.Model, executor: at.Executor, **arguments: Any) -> at.Trainer:
-    return at.Trainer(
-        model, **{"optimizer": at.optim.sgd(0.05, momentum=0.9), "executor": executor, "microbatch": 12} | arguments
-    )
+def trainer(model: at.Model, executor: at.Executor, optimizer: Optimizer | None = None) -> at.Trainer:
+    optimizer = optimizer or at.optim.sgd(0.05, momentum=0.9)
+    return at.Trainer(model, optimizer=optimizer, executor=executor, microbatch=12)
 
 
 async def test_a_scaled_learning_rate_holds_from_the_next_step_on(model: at.Model, loader: at.Loader) -> None:
@@ -125,11 +126,15 @@ async def test_stopped_by_a_controller_a_run_ends_with_the_weights_that_were_kep
 async def test_resumed_anywhere_a_run_under_controllers_has_the_bits_and_the_history_of_one_never_stopped(
     model: at.Model, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path, stopped_at: int
 ) -> None:
-    controllers = [ReduceOnPlateau(patience=1, min_delta=0.3), EarlyStopping(patience=2, min_delta=0.25)]
-    options: at.train.trainer.Options = {"epochs": 20, "validate": blobs, "controllers": controllers}
+    controllers: list[Controller] = [
+        ReduceOnPlateau(patience=1, min_delta=0.3),
+        EarlyStopping(patience=2, min_delta=0.25),
+    ]
+    options: Options = {"epochs": 20, "validate": blobs, "controllers": controllers}
+    in_folder: Options = {**options, "run_dir": tmp_path}
     async with at.ThreadExecutor(2) as executor, at.InlineExecutor() as inline:
         whole = await trainer(model, executor).fit(loader, **options)
-        async with trainer(model, executor).start(loader, run_dir=tmp_path, **options) as run:
+        async with trainer(model, executor).start(loader, **in_folder) as run:
             async for event in run:
                 if isinstance(event, StepEnd) and event.step == stopped_at:
                     break
@@ -141,3 +146,20 @@ async def test_resumed_anywhere_a_run_under_controllers_has_the_bits_and_the_his
     assert rest.state.digest() == whole.state.digest()
     for slot, arena in whole.state.optimizer_state.items():
         np.testing.assert_array_equal(rest.state.optimizer_state[slot].vector, arena.vector)
+
+
+async def test_a_run_that_early_stopping_ended_goes_on_with_more_patience_and_stays_ended_with_the_same(
+    model: at.Model, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path
+) -> None:
+    def options(patience: int, epochs: int) -> Options:
+        impatient = EarlyStopping(patience=patience, min_delta=10.0)  # nothing is ever that much better
+        return {"epochs": epochs, "validate": blobs, "controllers": [impatient], "resume": tmp_path}
+
+    async with at.InlineExecutor() as executor:
+        begin: Options = {**options(2, 9), "resume": None, "run_dir": tmp_path}
+        ended = await trainer(model, executor).fit(loader, **begin)
+        again = await trainer(model, executor).fit(loader, **options(2, 9))
+        further = await trainer(model, executor).fit(loader, **options(5, 6))
+    assert (ended.reason, len(ended.epochs)) == ("stopped", 3)
+    assert again == ended
+    assert (further.reason, len(further.epochs)) == ("stopped", 6)

@@ -280,3 +280,58 @@ async def test_epochs_below_one_and_a_second_run_of_one_trainer_are_refused(mode
     async with learning.start(loader, epochs=1):
         with pytest.raises(RuntimeError, match="has a run under way"):
             await learning.fit(loader, epochs=1)
+
+
+@pytest.mark.anyio
+async def test_a_misspelt_option_is_refused_and_not_left_out(model: at.Model, loader: at.Loader) -> None:
+    with pytest.raises(TypeError, match=r"options must be among epochs, .*; got validation"):
+        await trainer(model, at.InlineExecutor()).fit(loader, epochs=1, validation=loader)  # type: ignore[call-arg]
+
+
+@pytest.mark.anyio
+async def test_a_run_under_way_has_no_history_yet(model: at.Model, loader: at.Loader) -> None:
+    async with trainer(model, at.InlineExecutor()).start(loader, epochs=1) as run:
+        with pytest.raises(RuntimeError, match="at its end"):
+            run.history()
+
+
+def function_of_the_step(factor: float) -> Callable[[int], float]:
+    def rate(step: int) -> float:
+        return factor / (step + 1)
+
+    return rate
+
+
+@pytest.mark.anyio
+async def test_a_run_with_a_schedule_of_ones_own_is_resumed_by_another_process(
+    model: at.Model, loader: at.Loader, tmp_path: Path
+) -> None:
+    def make(executor: Executor) -> at.Trainer:  # each function has an address of its own, as in another process
+        return trainer(model, executor, optimizer=at.optim.sgd(function_of_the_step(0.1)))
+
+    executor = at.InlineExecutor()
+    whole = await make(executor).fit(loader, steps=5)
+    await make(executor).fit(loader, steps=3, run_dir=tmp_path / "run")
+    resumed = await make(executor).resume(tmp_path / "run", loader, steps=5)
+    assert resumed.state.digest() == whole.state.digest()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("verb", ["pause", "stop", "result", "checkpoint"])
+async def test_a_callback_that_would_wait_for_the_run_for_ever_is_told_so(
+    verb: str, model: at.Model, loader: at.Loader, tmp_path: Path
+) -> None:
+    runs: list[at.Run] = []
+
+    async def ask(event: Event) -> None:
+        if isinstance(event, StepEnd):
+            await getattr(runs[0], verb)()
+
+    async def train() -> None:
+        start = trainer(model, at.InlineExecutor()).start(loader, epochs=1, callbacks=[ask], run_dir=tmp_path / "run")
+        async with asyncio.timeout(10), start as run:
+            runs.append(run)
+            await run.result()
+
+    with pytest.raises(RuntimeError, match="a callback cannot wait for the run"):
+        await train()

@@ -88,8 +88,8 @@ def place(x: Array, corner: Pair, stride: Pair, *, out: Array) -> Array:
     This pads an image (stride 1), and spreads and pads an output's gradient. A negative corner, or too small an
     ``out``, crops. x: (N, h, w, C). out: (N, H, W, C).
     """
-    rows, from_rows = _overlap(x.shape[1], out.shape[1], corner[0], stride[0])
-    columns, from_columns = _overlap(x.shape[2], out.shape[2], corner[1], stride[1])
+    rows, from_rows = overlap(x.shape[1], out.shape[1], corner[0], stride[0])
+    columns, from_columns = overlap(x.shape[2], out.shape[2], corner[1], stride[1])
     if stride == (1, 1):  # the margins alone: the rest is overwritten
         out[:, : rows.start] = 0
         out[:, rows.stop :] = 0
@@ -101,7 +101,7 @@ def place(x: Array, corner: Pair, stride: Pair, *, out: Array) -> Array:
     return out
 
 
-def _overlap(length: int, room: int, corner: int, stride: int) -> tuple[slice, slice]:
+def overlap(length: int, room: int, corner: int, stride: int = 1) -> tuple[slice, slice]:
     """Return which of ``room`` places are taken by which of ``length`` elements at corner, corner + stride, ..."""
     first = max(0, -(corner // stride))
     last = max(first, min(length, -(-(room - corner) // stride)))

@@ -14,7 +14,7 @@ Letters as in ``conv``; th x tw tiles cover an output, T tiles make a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from asynctrain.arena import Array, Shape
-from asynctrain.nn.kernels.conv import Pair, place
+from asynctrain.nn.kernels.conv import Pair, overlap
 
 TILE = 4  # pixels of the output along each axis of a tile
 SEEN = 6  # of the input
@@ -47,7 +47,7 @@ POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 
 
 @lru_cache(maxsize=4)
-def _matrices(dtype: np.dtype[Any]) -> _Matrices:
+def matrices(dtype: np.dtype[Any]) -> _Matrices:
     """Return the transforms by the construction of Toom and Cook."""
     points = np.array(POINTS)
     A, B, G = np.zeros((SEEN, TILE)), np.zeros((SEEN, SEEN)), np.zeros((SEEN, 3))
@@ -75,10 +75,19 @@ class Blocks:
         """T, in a whole block."""
         return self.images * self.rows * self.across
 
+    def seen(self, images: int, channels: int) -> Shape:
+        """The shape of the transformed tiles of so many images, block by block; the last may not be full."""
+        return -(-images // self.images) * -(-self.down // self.rows), SEEN * SEEN, self.tiles, channels
+
     def scratch(self, channels: int) -> Shape:
         """The shape of the three pieces of scratch memory, ``channels`` being the larger of C and F."""
         pixels = self.images * (self.rows * TILE + MARGIN) * (self.across * TILE + MARGIN)
         return 3, max(pixels, self.tiles * SEEN * SEEN) * channels
+
+    def count(self, images: slice, rows: slice) -> int:
+        """Return how many tiles are in a block."""
+        count: int = (images.stop - images.start) * (rows.stop - rows.start) * self.across
+        return count
 
     def cut(self, images: int) -> Iterator[tuple[slice, slice]]:
         """Yield the blocks as slices of the images and of the rows of tiles."""
@@ -97,23 +106,31 @@ def blocks(output: Shape) -> Blocks:
 
 
 @lru_cache(maxsize=256)
-def pays(output: Shape, channels: int) -> bool:
+def pays(output: Shape, channels: int, transform: int = 43) -> bool:
     """Return whether this is faster than columns (``conv``) for an ``output`` (N, h, w, F) and C ``channels``.
 
     A rule of the shapes, fitted to measurements, that counts multiply-adds: those of the products, and as many as
-    copying a pixel's windows (5 for each channel in and out), transforming a tile (50) and transforming the filters (30
-    tiles' worth) cost in time.
+    copying a pixel's window (6 for each channel in and out), transforming a tile (``transform``) and transforming the
+    filters (30 tiles' worth) cost in time.
     """
     N, h, w, F = output
     tiles = N * -(-h // TILE) * -(-w // TILE)
     products, channels_in_all = channels * F, channels + F
-    by_columns = N * h * w * 9 * (products + 5 * channels_in_all)
-    by_tiles = SEEN * SEEN * (tiles * (products + 50 * channels_in_all) + 30 * products)
+    by_columns = N * h * w * 9 * (products + 6 * channels_in_all)
+    by_tiles = SEEN * SEEN * (tiles * (products + transform * channels_in_all) + 30 * products)
     return by_tiles < by_columns
 
 
 def correlate(
-    x: Array, weight: Array, corner: Pair, *, out: Array, spectrum: Array, scratch: Array, bias: Array | None = None
+    x: Array,
+    weight: Array,
+    corner: Pair,
+    *,
+    out: Array,
+    spectrum: Array,
+    scratch: Array,
+    bias: Array | None = None,
+    seen: Array | None = None,
 ) -> Array:
     """Write y[n, h, w, f] = b[f] + sum_ijc x[n, h + i - top, w + j - left, c] weight[i, j, c, f] and return it.
 
@@ -127,18 +144,22 @@ def correlate(
         spectrum: scratch (36, C, F).
         scratch: of shape ``blocks(out.shape).scratch(max(C, F))``.
         bias: (F,).
+        seen: of shape ``blocks(out.shape).seen(N, C)``, takes B^T d B of all tiles for the weight gradient.
     """
     plan = blocks(out.shape)
     F = weight.shape[3]
-    np.matmul(_matrices(x.dtype).filter, weight.reshape(9, -1), out=spectrum.reshape(SEEN * SEEN, -1))
+    np.matmul(matrices(x.dtype).filter, weight.reshape(9, -1), out=spectrum.reshape(SEEN * SEEN, -1))
     bias_row = None if bias is None else np.tile(bias, TILE)
-    for images, rows in plan.cut(len(out)):
-        seen = _transformed(x[images], corner, rows, plan, scratch)
-        T = len(seen)
+    regions = _regions(out)
+    room = None
+    for number, (images, rows) in enumerate(plan.cut(len(out))):
+        room = _room(x, corner, images, rows, plan, scratch, room)
+        tiles = _transformed(x[images], room, None if seen is None else seen[number])
+        T = tiles.shape[1]
         products = _part(scratch[0], (T, SEEN * SEEN, F))
-        np.matmul(seen.swapaxes(0, 1), spectrum, out=products.swapaxes(0, 1))
-        y = np.matmul(_matrices(x.dtype).output, products, out=_part(scratch[1], (T, TILE * TILE, F)))
-        _scatter(y, bias_row, out[images, rows.start * TILE : rows.stop * TILE], plan)
+        np.matmul(tiles, spectrum, out=products.swapaxes(0, 1))
+        y = np.matmul(matrices(x.dtype).output, products, out=_part(scratch[1], (T, TILE * TILE, F)))
+        _scatter(y, bias_row, regions, images, rows, plan)
     return out
 
 
@@ -164,7 +185,15 @@ def correlate_backward_input(
 
 
 def correlate_backward_params(
-    x: Array, dy: Array, corner: Pair, *, out: Array, spectrum: Array, partial: Array, scratch: Array
+    x: Array,
+    dy: Array,
+    corner: Pair,
+    *,
+    out: Array,
+    spectrum: Array,
+    partial: Array,
+    scratch: Array,
+    seen: Array | None = None,
 ) -> Array:
     """Write dweight[i, j, c, f] = sum_nhw x[n, h + i - top, w + j - left, c] dy[n, h, w, f] and return it.
 
@@ -178,50 +207,91 @@ def correlate_backward_params(
         spectrum: scratch (36, C, F).
         partial: scratch (36, C, F), one block's share.
         scratch: of shape ``blocks(dy.shape).scratch(max(C, F))``.
+        seen: as ``correlate`` filled it; else the tiles are transformed again, as they were.
     """
     plan = blocks(dy.shape)
-    _, to_filter, to_output = _matrices(x.dtype)
+    _, to_filter, to_output = matrices(x.dtype)
+    regions = _regions(dy)
     for number, (images, rows) in enumerate(plan.cut(len(dy))):
-        seen = _transformed(x[images], corner, rows, plan, scratch)
-        wanted = _gathered(dy[images, rows.start * TILE : rows.stop * TILE], plan, scratch[0])
-        wanted = np.matmul(to_output.T, wanted, out=_part(scratch[2], (len(seen), SEEN * SEEN, dy.shape[3])))
+        if seen is None:
+            tiles = _transformed(x[images], _room(x, corner, images, rows, plan, scratch))
+        else:
+            tiles = seen[number, :, : plan.count(images, rows)]
+        wanted = _gathered(regions, images, rows, plan, scratch[0], dy.shape[3])
+        wanted = np.matmul(to_output.T, wanted, out=_part(scratch[2], (len(wanted), SEEN * SEEN, dy.shape[3])))
         share = spectrum if number == 0 else partial
-        np.matmul(seen.transpose(1, 2, 0), wanted.swapaxes(0, 1), out=share)
+        np.matmul(tiles.swapaxes(1, 2), wanted.swapaxes(0, 1), out=share)
         if number > 0:
             np.add(spectrum, partial, out=spectrum)
     np.matmul(to_filter.T, spectrum.reshape(SEEN * SEEN, -1), out=out.reshape(9, -1))
     return out
 
 
-def _transformed(x: Array, corner: Pair, rows: slice, plan: Blocks, scratch: Array) -> Array:
-    """Return B^T d B (T, 36, C) for the tiles of some images and ``rows`` of tiles, in ``scratch[1]``."""
-    N, _, _, C = x.shape
-    down, across = rows.stop - rows.start, plan.across
-    padded = _part(scratch[1], (N, down * TILE + MARGIN, across * TILE + MARGIN, C))
-    place(x, (corner[0] - rows.start * TILE, corner[1]), (1, 1), out=padded)
+class _Room(NamedTuple):
+    """Where a block's tiles are cut out and transformed: views of scratch memory, good for all blocks of a key."""
+
+    key: tuple[int, int, int]  # how many images, and which rows of tiles
+    pixels: tuple[slice, slice]  # of the image that the block sees
+    inner: Array  # those pixels within a piece of padded image, whose margins are zero
+    windows: Array  # the tiles in there, (n, th, tw, 6, 6 C), which overlap
+    gathered: Array  # copies of them, (T, 36, C)
+    transformed: Array  # (36, T, C)
+
+
+def _room(
+    x: Array, corner: Pair, images: slice, rows: slice, plan: Blocks, scratch: Array, last: _Room | None = None
+) -> _Room:
+    """Return the room for a block, which is the ``last`` one's if it fits, as it does where blocks are whole images."""
+    key = (images.stop - images.start, rows.start, rows.stop)
+    if last is not None and last.key == key:
+        return last
+    _, H, W, C = x.shape
+    N, down, across = key[0], rows.stop - rows.start, plan.across
+    padded = _part(scratch[2], (N, down * TILE + MARGIN, across * TILE + MARGIN, C))
+    padded.fill(0)
+    high, from_rows = overlap(H, padded.shape[1], corner[0] - rows.start * TILE)
+    wide, from_columns = overlap(W, padded.shape[2], corner[1])
     n, h, w, c = padded.strides
-    tiles = as_strided(padded, (N, down, across, SEEN, SEEN * C), (n, h * TILE, w * TILE, h, c), writeable=False)
-    gathered = _part(scratch[0], (N * down * across, SEEN * SEEN, C))
-    np.copyto(gathered.reshape(tiles.shape), tiles)
-    transformed = _part(scratch[1], gathered.shape)
-    return np.matmul(_matrices(x.dtype).image, gathered, out=transformed)
+    windows = as_strided(padded, (N, down, across, SEEN, SEEN * C), (n, h * TILE, w * TILE, h, c), writeable=False)
+    T = plan.count(images, rows)
+    gathered = _part(scratch[0], (T, SEEN * SEEN, C))
+    transformed = _part(scratch[1], (SEEN * SEEN, T, C))
+    return _Room(key, (from_rows, from_columns), padded[:, high, wide], windows, gathered, transformed)
 
 
-def _gathered(y: Array, plan: Blocks, scratch: Array) -> Array:
-    """Return a block (n, h, w, F) as tiles (T, 16, F) in ``scratch``, with zeros where there are no pixels."""
-    n, h, w, F = y.shape
-    tiles = _part(scratch, (n, -(-h // TILE), plan.across, TILE, TILE * F))
-    if h % TILE or w % TILE:
+def _transformed(x: Array, room: _Room, kept: Array | None = None) -> Array:
+    """Return B^T d B (36, T, C) for the tiles of a block of images, in ``kept``, if given, else in scratch.
+
+    In this order the products, each of which takes one of the 36, read memory as it comes.
+    """
+    rows, columns = room.pixels
+    np.copyto(room.inner, x[:, rows, columns])
+    np.copyto(room.gathered.reshape(room.windows.shape), room.windows)
+    tiles = room.transformed if kept is None else kept[:, : len(room.gathered)]
+    np.matmul(matrices(x.dtype).image, room.gathered, out=tiles.swapaxes(0, 1))
+    return tiles
+
+
+def _gathered(
+    regions: Sequence[_Region], images: slice, rows: slice, plan: Blocks, scratch: Array, filters: int
+) -> Array:
+    """Return a block's pixels as tiles (T, 16, F) in ``scratch``, with zeros where there are no pixels."""
+    tiles = _part(scratch, (images.stop - images.start, rows.stop - rows.start, plan.across, TILE, TILE * filters))
+    if len(regions) > 1 or regions[0].pixels.shape[3:] != tiles.shape[3:]:
         tiles.fill(0)
-    for pixels, place_in_tile in _regions(y):
+    for region in regions:
+        pixels, place_in_tile = region.part(images, rows)
         np.copyto(tiles[place_in_tile], pixels)
-    return tiles.reshape(-1, TILE * TILE, F)
+    return tiles.reshape(-1, TILE * TILE, filters)
 
 
-def _scatter(y: Array, bias_row: Array | None, out: Array, plan: Blocks) -> None:
-    """Copy tiles (T, 16, F) to their pixels in a block ``out`` (n, h, w, F), adding the bias of a row of a tile."""
-    tiles = y.reshape(len(out), -1, plan.across, TILE, TILE * out.shape[3])
-    for pixels, place_in_tile in _regions(out):
+def _scatter(
+    y: Array, bias_row: Array | None, regions: Sequence[_Region], images: slice, rows: slice, plan: Blocks
+) -> None:
+    """Copy tiles (T, 16, F) to a block's pixels, adding the bias of a row of a tile."""
+    tiles = y.reshape(images.stop - images.start, rows.stop - rows.start, plan.across, TILE, -1)
+    for region in regions:
+        pixels, place_in_tile = region.part(images, rows)
         source = tiles[place_in_tile]
         if bias_row is None:
             np.copyto(pixels, source)
@@ -234,15 +304,33 @@ def _part(scratch: Array, shape: Shape) -> Array:
     return scratch[: prod(shape)].reshape(shape)
 
 
-def _regions(y: Array) -> Iterator[tuple[Array, tuple[slice, ...]]]:
-    """Yield views (n, th, tw, p, q F) of ``y`` (n, h, w, F) whose tiles all have p x q pixels, and their place in all.
+class _Region(NamedTuple):
+    """The pixels of images whose tiles are of one size, p x q."""
 
-    There is one where the tiles fit, and up to four where those at the end have fewer pixels.
+    pixels: Array  # a view (n, th, tw, p, q F) of the images
+    down: slice  # which tiles these are
+    across: slice
+
+    def part(self, images: slice, rows: slice) -> tuple[Array, tuple[slice, ...]]:
+        """Return the pixels in a block of images and of rows of tiles, and their place in its tiles."""
+        first, last = max(rows.start, self.down.start), min(rows.stop, self.down.stop)
+        last = max(first, last)
+        pixels = self.pixels[images, first - self.down.start : last - self.down.start]
+        _, _, _, p, run = pixels.shape
+        return pixels, (slice(None), slice(first - rows.start, last - rows.start), self.across, slice(p), slice(run))
+
+
+def _regions(y: Array) -> Sequence[_Region]:
+    """Return the pixels of ``y`` (n, h, w, F) by the size of their tiles, as views.
+
+    There is one region where the tiles fit, and up to four where those at the end have fewer pixels.
     """
     n, h, w, F = y.shape
+    regions = []
     for (tall, th, p), (wide, tw, q) in product(_runs(h), _runs(w)):
         part = y[:, tall, wide].reshape(n, -1, p, (wide.stop - wide.start) // q, q * F)
-        yield part.swapaxes(2, 3), (slice(None), th, tw, slice(p), slice(q * F))
+        regions.append(_Region(part.swapaxes(2, 3), th, tw))
+    return regions
 
 
 def _runs(length: int) -> Iterator[tuple[slice, slice, int]]:

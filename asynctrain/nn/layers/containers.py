@@ -12,6 +12,7 @@ import numpy as np
 
 from asynctrain.arena import Array, Shape
 from asynctrain.nn.layers.base import Layer, Parameter, Placed, register_layer, times
+from asynctrain.nn.layers.fusion import NamedLayer, fused
 from asynctrain.nn.scope import Scope
 from asynctrain.types import Params
 
@@ -129,35 +130,52 @@ class Sequential(Container):
             input_shape = _output_shape(name, layer, input_shape)
         return input_shape
 
-    def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, list[Any]]:
+    def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, list[_Done]]:
         """Each layer in turn, the pass checked before each."""
-        saved = []
-        for name, layer in self.children.items():
+        done = []
+        for name, layer in self._steps(x.shape[1:]):
             child = scope.child(name)
             child.check()
-            x, kept = layer.forward(Within(params, name), x, child)
-            saved.append(kept)
-        return x, saved
+            x, saved = layer.forward(Within(params, name), x, child)
+            done.append(_Done(name, layer, saved))
+        return x, done
 
     def backward(
-        self, params: Params, saved: Sequence[Any], dy: Array, scope: Scope, need_input: bool = True
+        self, params: Params, saved: Sequence[_Done], dy: Array, scope: Scope, need_input: bool = True
     ) -> Array | None:
         """Each layer in reverse, as far down as there is anything to train or ``need_input`` demands."""
-        steps = list(zip(self.children.items(), saved, self._needs_input(need_input), strict=True))
-        for (name, layer), kept, needed in reversed(steps):
-            dx = layer.backward(Within(params, name), kept, dy, scope.child(name), needed)
+        for done, needed in reversed(list(zip(saved, _needs_input(saved, need_input), strict=True))):
+            child = scope.child(done.name)
+            dx = done.layer.backward(Within(params, done.name), done.saved, dy, child, needed)
             if dx is None:
                 return None
             dy = dx
         return dy
 
-    def _needs_input(self, need_input: bool) -> list[bool]:
-        """Return for each child whether somebody wants its input gradient: a caller, or a layer to train before it."""
-        needs = []
-        for layer in self.layers:
-            needs.append(need_input)
-            need_input = need_input or layer.has_parameters
-        return needs
+    def _steps(self, input_shape: Shape) -> Sequence[NamedLayer]:
+        """Return the layers by name as they are computed, some of them as one."""
+        if input_shape not in self._known_steps:
+            self._known_steps[input_shape] = tuple(fused(self.children, input_shape))
+        return self._known_steps[input_shape]
+
+    @cached_property
+    def _known_steps(self) -> dict[Shape, Sequence[NamedLayer]]:
+        return {}
+
+
+class _Done(NamedTuple):
+    """A layer that a forward pass has been through, and what it saved."""
+
+    name: str
+    layer: Layer
+    saved: Any
+
+
+def _needs_input(done: Sequence[_Done], need_input: bool) -> Iterator[bool]:
+    """Yield for each layer whether somebody wants its input gradient: a caller, or a layer to train before it."""
+    for step in done:
+        yield need_input
+        need_input = need_input or step.layer.has_parameters
 
 
 class _Join(Layer):

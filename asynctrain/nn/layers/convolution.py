@@ -13,6 +13,7 @@ import numpy as np
 from asynctrain.arena import Array, Shape
 from asynctrain.nn import initializers
 from asynctrain.nn.kernels import conv, depthwise, winograd
+from asynctrain.nn.kernels.backend import NUMPY, Kernels
 from asynctrain.nn.layers.base import Layer, Parameter, check_integer, pair, register_layer, times
 from asynctrain.nn.scope import Scope
 from asynctrain.types import Params
@@ -77,7 +78,8 @@ class Conv2D(Layer):
         initializers.get(self.initializer)
 
     @cached_property
-    def _geometry(self) -> conv.Geometry:
+    def geometry(self) -> conv.Geometry:
+        """What the windows look like."""
         return conv.Geometry(pair(self, "kernel_size"), pair(self, "stride"), pair(self, "dilation"), self.groups)
 
     @cached_property
@@ -99,12 +101,12 @@ class Conv2D(Layer):
             case everywhere:
                 return (everywhere, everywhere), (everywhere, everywhere)
 
-    def _margins(self, length: int, axis: int) -> conv.Pair:
+    def margins(self, length: int, axis: int) -> conv.Pair:
         """Return the padding before and after ``length`` pixels along ``axis`` (0 high, 1 wide)."""
         if self._fixed_margins:
             return self._fixed_margins[axis]
-        stride = self._geometry.stride[axis]
-        total = max(0, (-(-length // stride) - 1) * stride + self._geometry.reach[axis] - length)
+        stride = self.geometry.stride[axis]
+        total = max(0, (-(-length // stride) - 1) * stride + self.geometry.reach[axis] - length)
         return total // 2, total - total // 2
 
     def output_shape(self, input_shape: Shape) -> Shape:
@@ -115,8 +117,8 @@ class Conv2D(Layer):
             raise ValueError(
                 f"conv2d with groups {self.groups} needs channels in a multiple of that, got {input_shape[2]}"
             )
-        padded = [length + sum(self._margins(length, axis)) for axis, length in enumerate(input_shape[:2])]
-        reach, stride = self._geometry.reach, self._geometry.stride
+        padded = [length + sum(self.margins(length, axis)) for axis, length in enumerate(input_shape[:2])]
+        reach, stride = self.geometry.reach, self.geometry.stride
         if padded[0] < reach[0] or padded[1] < reach[1]:
             raise ValueError(
                 f"conv2d with {self._extent} needs an input of at least that size, padding included, got "
@@ -128,14 +130,14 @@ class Conv2D(Layer):
     @property
     def _extent(self) -> str:
         """The window in words."""
-        size = f"kernel_size {times(self._geometry.window)}"
-        if self._geometry.dilation == (1, 1):
+        size = f"kernel_size {times(self.geometry.window)}"
+        if self.geometry.dilation == (1, 1):
             return size
-        return f"{size} and dilation {times(self._geometry.dilation)}, which reaches {times(self._geometry.reach)},"
+        return f"{size} and dilation {times(self.geometry.dilation)}, which reaches {times(self.geometry.reach)},"
 
     def parameters(self, input_shape: Shape) -> Mapping[str, Parameter]:
         """W from the initializer, b zero."""
-        shape = (*self._geometry.window, input_shape[2] // self.groups, self.filters)
+        shape = (*self.geometry.window, input_shape[2] // self.groups, self.filters)
         parameters = {"weight": Parameter(shape, self.initializer)}
         if self.use_bias:
             parameters["bias"] = Parameter((self.filters,), "zeros")
@@ -143,31 +145,32 @@ class Conv2D(Layer):
 
     def flops(self, input_shape: Shape) -> int:
         """2 kh kw C / groups for each element of y, whatever the algorithm; the bias begins each sum."""
-        kh, kw = self._geometry.window
+        kh, kw = self.geometry.window
         return 2 * kh * kw * (input_shape[2] // self.groups) * prod(self.output_shape(input_shape))
 
     def activations(self, input_shape: Shape) -> int:
-        """y, and the padded image where the algorithm keeps one; taken for a large microbatch."""
+        """y, and the padded image or the transformed tiles where the algorithm keeps such; for a large microbatch."""
         H, W, C = input_shape
         y = self.output_shape(input_shape)
-        padded = (H + sum(self._margins(H, 0))) * (W + sum(self._margins(W, 1))) * C
-        keeps = padded > H * W * C and self._algorithm((32, *y), C).pads
-        return prod(y) + (padded if keeps else 0)
+        if self._algorithm((32, *y), C, NUMPY) is _WINOGRAD:
+            return prod(y) + prod(winograd.blocks((1, *y)).seen(1, C))
+        padded = (H + sum(self.margins(H, 0))) * (W + sum(self.margins(W, 1))) * C
+        return prod(y) + (padded if padded > H * W * C else 0)
 
-    def _algorithm(self, output: Shape, channels: int) -> _Algorithm:
+    def _algorithm(self, output: Shape, channels: int, kernels: Kernels) -> _Algorithm:
         """Return what computes an ``output`` (N, h, w, F), by a fixed rule of the shapes."""
         if self.groups == self.filters == channels > 1:
             return _DEPTHWISE
         plain = conv.Geometry((3, 3))
-        return _WINOGRAD if self._geometry == plain and winograd.pays(output, channels) else _COLUMNS
+        return _WINOGRAD if self.geometry == plain and kernels.winograd_pays(output, channels) else _COLUMNS
 
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, _Seen]:
         """The formula above."""
         y = scope.empty("y", (len(x), *self.output_shape(x.shape[1:])), x.dtype)
-        algorithm = self._algorithm(y.shape, x.shape[3])
+        algorithm = self._algorithm(y.shape, x.shape[3], scope.kernels)
         seen = self._pad(x, scope, algorithm)
         bias = params["bias"] if self.use_bias else None
-        algorithm.forward(seen, params["weight"], bias, self._geometry, y, scope)
+        algorithm.forward(seen, params["weight"], bias, self.geometry, y, scope)
         return y, seen
 
     def backward_input(self, params: Params, saved: _Seen, dy: Array, scope: Scope) -> Array:
@@ -176,18 +179,18 @@ class Conv2D(Layer):
         With dilation, W[i, j] is met where u + top - h s = i d and v + left - w t = j e.
         """
         dx = scope.empty("dx", saved.shape, dy.dtype)
-        return saved.algorithm.backward_input(saved, params["weight"], dy, self._geometry, dx, scope)
+        return saved.algorithm.backward_input(saved, params["weight"], dy, self.geometry, dx, scope)
 
     def backward_params(self, params: Params, saved: _Seen, dy: Array, scope: Scope) -> None:
         """dW[i, j, c, f] = sum_nhw x[n, h s + i d - top, w t + j e - left, c] dy[n, h, w, f]; db = sum_nhw dy."""
-        saved.algorithm.backward_params(saved, dy, self._geometry, scope.gradient("weight"), scope)
+        saved.algorithm.backward_params(saved, dy, self.geometry, scope.gradient("weight"), scope)
         if self.use_bias:
             ones = scope.empty("ones", (dy.size // self.filters,), dy.dtype)
             conv.bias_backward(dy, out=scope.gradient("bias"), ones=ones)
 
     def _pad(self, x: Array, scope: Scope, algorithm: _Algorithm) -> _Seen:
         N, H, W, C = x.shape
-        (top, bottom), (left, right) = self._margins(H, 0), self._margins(W, 1)
+        (top, bottom), (left, right) = self.margins(H, 0), self.margins(W, 1)
         if not algorithm.pads or not (top or bottom or left or right):
             return _Seen(x, x.shape, (top, left), algorithm)
         padded = scope.empty("padded", (N, top + H + bottom, left + W + right, C), x.dtype)
@@ -283,14 +286,23 @@ class _Winograd(_Algorithm):
         self, seen: _Seen, weight: Array, bias: Array | None, geometry: conv.Geometry, y: Array, scope: Scope
     ) -> Array:
         spectrum, scratch = self._buffers("", y.shape, seen.x.shape[3], y.dtype, scope)
-        return winograd.correlate(seen.x, weight, seen.corner, out=y, spectrum=spectrum, scratch=scratch, bias=bias)
+        return scope.kernels.winograd_correlate(
+            seen.x,
+            weight,
+            seen.corner,
+            out=y,
+            spectrum=spectrum,
+            scratch=scratch,
+            bias=bias,
+            seen=self._kept(seen, y, scope),
+        )
 
     def backward_input(
         self, seen: _Seen, weight: Array, dy: Array, geometry: conv.Geometry, dx: Array, scope: Scope
     ) -> Array:
         C, F = weight.shape[2:]
         spectrum, scratch = self._buffers("_for_dx", dx.shape, F, dy.dtype, scope)
-        return winograd.correlate_backward_input(
+        return scope.kernels.winograd_correlate_backward_input(
             weight,
             dy,
             seen.corner,
@@ -303,9 +315,22 @@ class _Winograd(_Algorithm):
     def backward_params(self, seen: _Seen, dy: Array, geometry: conv.Geometry, dweight: Array, scope: Scope) -> Array:
         spectrum, scratch = self._buffers("", dy.shape, seen.shape[3], dy.dtype, scope)
         partial = scope.empty("partial", spectrum.shape, dy.dtype)
-        return winograd.correlate_backward_params(
-            seen.x, dy, seen.corner, out=dweight, spectrum=spectrum, partial=partial, scratch=scratch
+        return scope.kernels.winograd_correlate_backward_params(
+            seen.x,
+            dy,
+            seen.corner,
+            out=dweight,
+            spectrum=spectrum,
+            partial=partial,
+            scratch=scratch,
+            seen=self._kept(seen, dy, scope),
         )
+
+    def _kept(self, seen: _Seen, y: Array, scope: Scope) -> Array | None:
+        """Return memory for the image's tiles, transformed, which training keeps from the forward pass."""
+        if not scope.train:
+            return None
+        return scope.empty("seen", winograd.blocks(y.shape).seen(len(y), seen.shape[3]), y.dtype)
 
     def _buffers(
         self, suffix: str, output: Shape, channels: int, dtype: np.dtype[Any], scope: Scope

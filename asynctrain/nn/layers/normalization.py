@@ -85,7 +85,7 @@ class BatchNorm(Layer):
         """The formula above."""
         rows = _rows(x)
         if scope.train:
-            mean, variance = norm.moments(rows, scratch=_scratch("scratch", rows, scope))
+            mean, variance = scope.kernels.norm_moments(rows, scratch=_scratch("scratch", rows, scope))
             scope.statistic("sum")[...] = len(x) * mean
             scope.statistic("sum_of_squares")[...] = len(x) * (variance + np.square(mean))
         else:
@@ -93,7 +93,7 @@ class BatchNorm(Layer):
         inverse = 1 / np.sqrt(variance + self.eps)
         factor = params["scale"] * inverse
         y = scope.empty("y", x.shape, x.dtype)
-        norm.affine(rows, factor, params["bias"] - mean * factor, out=_rows(y))
+        scope.kernels.norm_affine(rows, factor, params["bias"] - mean * factor, out=_rows(y))
         return y, _Normalized(x, mean, inverse, scope.train)
 
     def backward(
@@ -101,7 +101,7 @@ class BatchNorm(Layer):
     ) -> Array | None:
         """Both parts at once: dx is made of the same two sums that are the weight gradients."""
         scope.check()
-        dscale, dbias = self._sums(saved, dy)
+        dscale, dbias = self._sums(saved, dy, scope)
         scope.gradient("scale")[...] = dscale
         scope.gradient("bias")[...] = dbias
         return self._input_gradient(params, saved, dy, dscale, dbias, scope) if need_input else None
@@ -111,14 +111,14 @@ class BatchNorm(Layer):
 
         With running statistics, which do not depend on x, the two means fall away.
         """
-        return self._input_gradient(params, saved, dy, *self._sums(saved, dy), scope)
+        return self._input_gradient(params, saved, dy, *self._sums(saved, dy, scope), scope)
 
     def backward_params(self, params: Params, saved: _Normalized, dy: Array, scope: Scope) -> None:
         """dscale = sum of dy n, dbias = sum of dy, over rows."""
-        scope.gradient("scale")[...], scope.gradient("bias")[...] = self._sums(saved, dy)
+        scope.gradient("scale")[...], scope.gradient("bias")[...] = self._sums(saved, dy, scope)
 
-    def _sums(self, saved: _Normalized, dy: Array) -> tuple[Array, Array]:
-        dbias, products = norm.sums(_rows(saved.x), _rows(dy))
+    def _sums(self, saved: _Normalized, dy: Array, scope: Scope) -> tuple[Array, Array]:
+        dbias, products = scope.kernels.norm_sums(_rows(saved.x), _rows(dy))
         return (products - saved.mean * dbias) * saved.inverse, dbias
 
     def _input_gradient(
@@ -133,7 +133,7 @@ class BatchNorm(Layer):
         of_x = -factor * saved.inverse * dscale / len(rows)
         offset = -factor * dbias / len(rows) - of_x * saved.mean
         scratch = _scratch("scratch_of_dx", rows, scope)
-        norm.combination(_rows(saved.x), rows, of_x, factor, offset, out=_rows(dx), scratch=scratch)
+        scope.kernels.norm_combination(_rows(saved.x), rows, of_x, factor, offset, out=_rows(dx), scratch=scratch)
         return dx
 
 

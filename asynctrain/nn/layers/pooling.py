@@ -47,7 +47,7 @@ class _Pool2D(Layer):
         """(H, W, C) -> ((H + top + bottom - reach) // s + 1, ..., C), the reach (size - 1) d + 1; likewise wide."""
         if len(input_shape) != 3:
             raise ValueError(f"{self.kind} needs an input of shape (height, width, channels), got {input_shape}")
-        window = self._window(input_shape)
+        window = self.window(input_shape)
         if not all(span.windows for span in window):
             padded = [span.before + span.length + span.after for span in window]
             raise ValueError(
@@ -73,7 +73,7 @@ class _Pool2D(Layer):
         """One for each place of each window."""
         return prod(pair(self, "size")) * prod(self.output_shape(input_shape))
 
-    def _window(self, shape: Shape) -> pool.Window:
+    def window(self, shape: Shape) -> pool.Window:
         """Return how the windows lie in an image of ``shape`` (H, W, C)."""
         size, dilation = pair(self, "size"), pair(self, "dilation")
         stride = size if self.stride is None else pair(self, "stride")
@@ -129,19 +129,19 @@ class MaxPool2D(_Pool2D):
 
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, _Pooled]:
         """The formula above."""
-        window = self._window(x.shape[1:])
-        y = pool.max_pool(x, window, out=_output(x, window, scope))
+        window = self.window(x.shape[1:])
+        y = scope.kernels.max_pool(x, window, out=_output(x, window, scope))
         return y, _Pooled(x, y)
 
     def backward_input(self, params: Params, saved: _Pooled, dy: Array, scope: Scope) -> Array:
         """Each dy[h, w, c] goes to where its maximum was; where windows overlap, they add up."""
         x, y = saved
         scratch = (pool.samples_at_once(y), *y.shape[1:])
-        return pool.max_pool_backward(
+        return scope.kernels.max_pool_backward(
             x,
             y,
             dy,
-            self._window(x.shape[1:]),
+            self.window(x.shape[1:]),
             out=scope.empty("dx", x.shape, dy.dtype),
             rest=scope.empty("rest", (2, *scratch), dy.dtype),
             hit=scope.empty("hit", scratch, np.dtype(np.bool_)),
@@ -167,14 +167,14 @@ class AvgPool2D(_Pool2D):
 
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, Shape]:
         """The formula above."""
-        window = self._window(x.shape[1:])
+        window = self.window(x.shape[1:])
         return pool.average_pool(x, window, self.count_include_pad, out=_output(x, window, scope)), x.shape
 
     def backward_input(self, params: Params, saved: Shape, dy: Array, scope: Scope) -> Array:
         """Each dy[h, w, c] goes in equal shares to the pixels it is the mean of, and they add up."""
         return pool.average_pool_backward(
             dy,
-            self._window(saved[1:]),
+            self.window(saved[1:]),
             self.count_include_pad,
             out=scope.empty("dx", saved, dy.dtype),
             share=scope.empty("share", dy.shape, dy.dtype),

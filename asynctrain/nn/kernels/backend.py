@@ -1,0 +1,69 @@
+"""Which kernels a pass computes with: numpy's, or numba's where those are faster.
+
+Layers call those that there is a choice of through their scope, ``scope.kernels.relu(...)``; that is the one place
+where the choice is made, once for a program. The two agree to rounding, not to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy.typing as npt
+
+from asynctrain.nn.kernels import activations, norm, pool, winograd
+
+NAMES = ("numpy", "numba")
+
+
+class Kernels:
+    """numpy's kernels, the reference; a subclass has others of the same arguments in the place of some."""
+
+    name: ClassVar[str] = "numpy"
+
+    relu = staticmethod(activations.relu)
+    relu_backward = staticmethod(activations.relu_backward)
+
+    norm_moments = staticmethod(norm.moments)
+    norm_affine = staticmethod(norm.affine)
+    norm_sums = staticmethod(norm.sums)
+    norm_combination = staticmethod(norm.combination)
+
+    winograd_pays = staticmethod(winograd.pays)
+    winograd_correlate = staticmethod(winograd.correlate)
+    winograd_correlate_backward_input = staticmethod(winograd.correlate_backward_input)
+    winograd_correlate_backward_params = staticmethod(winograd.correlate_backward_params)
+
+    max_pool = staticmethod(pool.max_pool)
+    max_pool_backward = staticmethod(pool.max_pool_backward)
+
+    def warm_up(self, dtype: npt.DTypeLike) -> None:
+        """Do what else the first calls with arrays of ``dtype`` would take seconds for: here there is nothing."""
+
+    def __repr__(self) -> str:
+        return f"<Kernels of {self.name}>"
+
+
+NUMPY = Kernels()
+
+
+def get(name: str) -> Kernels:
+    """Return the kernels called ``name``; the first time, importing numba takes up to a second.
+
+    Raises:
+        ValueError: there are none of that name.
+        ImportError: they are numba's, and numba is not installed.
+    """
+    require_kernels(name)
+    if name == "numpy":
+        return NUMPY
+    try:
+        from asynctrain.nn.kernels.compiled import NUMBA
+    except ImportError as error:
+        raise ImportError("kernels 'numba' need numba: install asynctrain[numba], or choose 'numpy'") from error
+    return NUMBA
+
+
+def require_kernels(name: str) -> None:
+    """Raise ValueError unless there are kernels called ``name``."""
+    if name not in NAMES:
+        raise ValueError(f"kernels must be one of {', '.join(NAMES)}, got {name!r}")

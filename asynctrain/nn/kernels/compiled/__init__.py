@@ -1,0 +1,45 @@
+"""Kernels that numba compiles, with the arguments of numpy's and beside them: only where they are faster.
+
+They let go of the interpreter while they run, and are kept on disk once they are compiled. No sum is reordered by the
+compiler, and none by the number of threads, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from asynctrain.nn.kernels.backend import Kernels
+from asynctrain.nn.kernels.compiled import activations, norm, pool, winograd
+
+
+class NumbaKernels(Kernels):
+    """numba's kernels, and numpy's for the rest."""
+
+    name: ClassVar[str] = "numba"
+
+    relu = staticmethod(activations.relu)
+    relu_backward = staticmethod(activations.relu_backward)
+
+    norm_moments = staticmethod(norm.moments)
+    norm_affine = staticmethod(norm.affine)
+    norm_sums = staticmethod(norm.sums)
+    norm_combination = staticmethod(norm.combination)
+
+    winograd_pays = staticmethod(winograd.pays)
+    winograd_correlate = staticmethod(winograd.correlate)
+    winograd_correlate_backward_input = staticmethod(winograd.correlate_backward_input)
+    winograd_correlate_backward_params = staticmethod(winograd.correlate_backward_params)
+
+    max_pool = staticmethod(pool.max_pool)
+    max_pool_backward = staticmethod(pool.max_pool_backward)
+
+    def warm_up(self, dtype: npt.DTypeLike) -> None:
+        """Compile all kernels for arrays of ``dtype``, or read them from the cache."""
+        for module in (activations, norm, winograd, pool):
+            module.warm_up(np.dtype(dtype))
+
+
+NUMBA = NumbaKernels()
