@@ -261,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 epochs of at most 512 images, for a look")
     parser.add_argument("--only", default="", help="the cases whose title has this in it; writes no results")
+    parser.add_argument("--rounds", type=int, default=10, help="at most so many of each case")
     arguments = parser.parse_args()
     variants = VARIANTS[::3] if arguments.quick else VARIANTS
     load = os.getloadavg()[0]
@@ -269,7 +270,7 @@ def main() -> None:
     for case in cases(arguments.only):
         if arguments.quick:
             case = replace(case, job=replace(case.job, epochs=2, images=512), rounds=2)
-        watched, results = measure(case, variants, case.rounds)
+        watched, results = measure(case, variants, min(case.rounds, arguments.rounds))
         rows += rows_of(case, watched, results)
         seconds[case.title] = {name: [result["seconds"] for result in of_side] for name, of_side in results.items()}
     if arguments.quick or arguments.only:
