@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from asynctrain.types import Batch, GradientResult, GradientWork, Params, Sums
 T = TypeVar("T")
 
 PART = 2**16  # elements, at least, that are worth a job of their own
-QUICK = 2**18  # elements: up to here a pass over them takes about 0.1 ms, no more than handing it to threads does
+QUICK = 2**20  # elements: up to here a pass over them takes half a millisecond, and handing parts to threads no less
 PASSES = 4  # over the parameters that an update is counted as
 
 
@@ -43,13 +44,17 @@ class _Part:
     stretch: slice
 
 
-def _parts(params: Arena) -> list[_Part]:
-    """Divide the parameters, in their order, into parts of at least ``PART`` elements (the last may be smaller)."""
+def _parts(params: Arena, count: int) -> list[_Part]:
+    """Divide the parameters, in their order, into about ``count`` parts of at least ``PART`` elements.
+
+    The last may be smaller. How many there are changes no bit.
+    """
+    least = max(PART, params.layout.size // count)
     parts: list[_Part] = []
     names: list[str] = []
     start = 0
     for name, offset in params.layout.offsets.items():
-        if offset - start >= PART:
+        if offset - start >= least:
             parts.append(_Part(tuple(names), slice(start, offset)))
             names, start = [], offset
         names.append(name)
@@ -91,7 +96,7 @@ class TrainStep:
 
     async def begin(self, state: TrainState) -> TrainState:
         """Return ``state`` in arrays of this object's own, broadcast and ready for the first step."""
-        self._parts = _parts(state.params)
+        self._parts = _parts(state.params, os.cpu_count() or 1)
         self._handed_out = False
         self._gradients = state.params.layout.empty()
         self._statistics = self._model.statistics_layout.empty()
