@@ -10,7 +10,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -40,7 +40,6 @@ from asynctrain.errors import DecodeError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 RESIZES = ("squash", "fit", "crop")
 DECODERS = ("pillow", "simplejpeg", "imagecodecs")
-HUGE = 2**25  # pixels; larger images are decoded one at a time
 MAX_PIXELS = 1024**3 // 4 // 3  # where Pillow, too, begins to warn: 256 MiB of RGB
 
 _ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
@@ -222,24 +221,13 @@ def _convert_image(image: Image.Image, settings: ImageSettings, out: Array) -> N
 
 def _convert_file(encoded: bytes, settings: ImageSettings, out: Array) -> None:
     plain = _plain_png(encoded)
-    if plain is not None:
-        with _turn(plain.size):
-            if _convert_plain_png(encoded, plain, settings, out):
-                return
+    if plain is not None and _convert_plain_png(encoded, plain, settings, out):
+        return
     image = _identified(encoded)
-    with _turn(image.size):
-        if image.format in ("JPEG", "MPO"):
-            _convert_jpeg(encoded, image, settings, out)
-        else:
-            _convert_image(image, settings, out)
-
-
-_HUGE_IMAGE = threading.Lock()  # for all threads together: two at once would double the peak of memory
-
-
-def _turn(size: tuple[int, int]) -> AbstractContextManager[object]:
-    """Return what is held while an image of ``size`` is decoded: huge ones, one at a time."""
-    return _HUGE_IMAGE if size[0] * size[1] > HUGE else nullcontext()
+    if image.format in ("JPEG", "MPO"):
+        _convert_jpeg(encoded, image, settings, out)
+    else:
+        _convert_image(image, settings, out)
 
 
 def _convert_plain_png(encoded: bytes, plain: _PlainPng, settings: ImageSettings, out: Array) -> bool:
