@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ from asynctrain.arena import Arena, Array, Layout, Shape
 
 Params = Mapping[str, Array]
 JSON = Mapping[str, Any]
+
+LARGEST, SMALLEST = 64, 32  # samples in a microbatch, where nothing else is asked for
 
 
 class Source(Protocol):
@@ -199,6 +202,20 @@ class GradientWork:
     images: Array
     labels: Array
     weights: Array | None = None
+
+
+def cut(samples: int, microbatch: int | None) -> list[slice]:
+    """Cut a batch into ceil(samples / microbatch) parts whose sizes differ by at most one.
+
+    By default into the fewest parts of at most 64 samples, and into two where one would be larger than 32: large parts
+    have fewer gradients to add and fewer calls to make, and one part would leave the second worker idle.
+    """
+    parts = _default_parts(samples) if microbatch is None else -(-samples // microbatch)
+    return [slice(start, stop) for start, stop in pairwise(samples * i // parts for i in range(parts + 1))]
+
+
+def _default_parts(samples: int) -> int:
+    return max(-(-samples // LARGEST), min(2, -(-samples // SMALLEST)))
 
 
 @dataclass(frozen=True, slots=True)

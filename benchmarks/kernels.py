@@ -24,7 +24,7 @@ import asynctrain as at
 from asynctrain.arena import Arena
 from asynctrain.types import ForwardWork
 from benchmarks.harness import PEERS_PYTHON, Row, child, interleave, plot, report, spread, table
-from benchmarks.steps import OURS, PEERS, Job, Result, default_microbatch, missing_numba
+from benchmarks.steps import OURS, PEERS, Job, Result, largest_piece, missing_numba
 
 BATCH = 128  # of training
 PREDICTED = (1, 64)  # batches of prediction
@@ -229,7 +229,7 @@ def bit_rows(results: Results) -> Iterator[Row]:
     groups: dict[str, list[str]] = {}
     for job, rounds in results.items():
         if job.side in OURS and job.task == "train":
-            name = f"{NETWORKS[job.model].title}, microbatch {job.microbatch or default_microbatch()}, {job.kernels}"
+            name = f"{NETWORKS[job.model].title}, microbatch {largest_piece(BATCH, job.microbatch)}, {job.kernels}"
             groups.setdefault(name, []).extend(result["digest"] for result in rounds)
     for name, digests in groups.items():
         different = len(set(digests))
@@ -355,7 +355,8 @@ def notes(without: Mapping[str, str]) -> list[str]:
     """Return what the table does not say."""
     numba = missing_numba()
     return [
-        f"asynctrain normalises by microbatch (ghost batch norm, {default_microbatch()} samples), the peers by batch",
+        f"asynctrain normalises by microbatch (ghost batch norm, {largest_piece(BATCH, None)} samples), the peers by "
+        "batch",
         *([f"asynctrain with numba is left out: {numba}"] if numba else []),
         *(f"{side} is left out: {why}" for side, why in without.items()),
     ]

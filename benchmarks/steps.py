@@ -165,11 +165,11 @@ def trainer_of(job: Job, executor: Any) -> Any:
     return at.Trainer(at.Model.from_json(job.architecture), optimizer=optimizer, executor=executor, **options)
 
 
-def default_microbatch() -> int:
-    """Return the Trainer's default."""
-    import asynctrain as at
+def largest_piece(batch: int, microbatch: int | None) -> int:
+    """Return how many samples the largest part has that asynctrain cuts a batch into."""
+    from asynctrain.types import cut
 
-    return int(inspect.signature(at.Trainer).parameters["microbatch"].default)
+    return int(max(piece.stop - piece.start for piece in cut(batch, microbatch)))
 
 
 def train_asynctrain(job: Job) -> Result:
@@ -195,8 +195,7 @@ def train_bare_threads(job: Job) -> Result:
     from asynctrain.executors.worker import GradientWorker, StopFlag
     from asynctrain.optim import sgd
     from asynctrain.optim.apply import update_into
-    from asynctrain.train.step import cut
-    from asynctrain.types import GradientWork
+    from asynctrain.types import GradientWork, cut
 
     state = trainer_of(job, InlineExecutor()).initial_state()
     if Model.from_json(job.architecture).state:
@@ -204,7 +203,7 @@ def train_bare_threads(job: Job) -> Result:
     optimizer, worker = sgd(LEARNING_RATE, momentum=MOMENTUM), GradientWorker(state.program)
     current, spare = state.writable_copy(), state.writable_copy()
     total = current.params.layout.empty()
-    data, pieces = job.data(job.batches[0]), cut(job.batches[0], job.microbatch or default_microbatch())
+    data, pieces = job.data(job.batches[0]), cut(job.batches[0], job.microbatch)
 
     def step(number: int) -> None:
         nonlocal current, spare
@@ -234,7 +233,7 @@ def predict_on_threads(job: Job) -> Result:
     """Be a session on a ThreadExecutor; what is larger than a microbatch is cut into such, computed side by side."""
     import asynctrain as at
 
-    return run_in_loop(_predict(job, at.ThreadExecutor(job.threads), job.microbatch or default_microbatch()))
+    return run_in_loop(_predict(job, at.ThreadExecutor(job.threads), job.microbatch))
 
 
 def predict_inline(job: Job) -> Result:
@@ -244,8 +243,8 @@ def predict_inline(job: Job) -> Result:
     return run_in_loop(_predict(job, at.InlineExecutor(), max(job.batches)))
 
 
-async def _predict(job: Job, executor: Any, microbatch: int) -> Result:
-    from asynctrain.types import ForwardWork
+async def _predict(job: Job, executor: Any, microbatch: int | None) -> Result:
+    from asynctrain.types import ForwardWork, cut
 
     async with executor:
         trainer = trainer_of(job, executor)
@@ -258,7 +257,7 @@ async def _predict(job: Job, executor: Any, microbatch: int) -> Result:
                 for number in range(job.warm_up + job.steps):
                     start = time.perf_counter()
                     images = data[number % BATCHES][0]
-                    works = [ForwardWork(images[at : at + microbatch]) for at in range(0, batch, microbatch)]
+                    works = [ForwardWork(images[piece]) for piece in cut(batch, microbatch)]
                     if len(works) == 1:
                         await session.compute(works[0], 0)
                     else:

@@ -125,7 +125,10 @@ def train(
     ] = "small_cnn",
     epochs: Annotated[int | None, typer.Option(min=1, help="By default about 2,000 steps, but 5 to 40 epochs.")] = None,
     batch_size: BatchSize = 64,
-    microbatch: Annotated[int, typer.Option(min=1, help="The most images that one worker takes at once.")] = 32,
+    microbatch: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most images that one worker takes at once; else half a batch, 32 to 64."),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels; by default the images' own, at most 64.")
     ] = None,

@@ -30,7 +30,7 @@ class Recipe:
         model: a name of ``asynctrain.models``.
         epochs: how many times all images are seen.
         batch_size: images in a step.
-        microbatch: the most images that one worker takes at once.
+        microbatch: the most images that one worker takes at once; None for half a batch, 32 to 64.
         image_size: height and width in pixels.
         lr: the highest learning rate, reached after a short warm-up, from where it falls to zero along a cosine.
         optimizer: a name in ``OPTIMIZERS``.
@@ -47,7 +47,7 @@ class Recipe:
     model: str = "small_cnn"
     epochs: int | None = None
     batch_size: int = 64
-    microbatch: int = 32
+    microbatch: int | None = None
     image_size: int | None = None
     lr: float | None = None
     optimizer: str = "adamw"

@@ -61,7 +61,7 @@ class _LocalSession(ABC):
 
     def forget(self) -> None:
         """Let go of the memory of a closed session, to which others may still refer."""
-        self._worker.forget_benches()
+        self._worker.forget_arrays()
         self._params = self._model_state = {}
 
     @abstractmethod

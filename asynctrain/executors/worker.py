@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 
-from asynctrain.arena import Arena, Array, Layout
+from asynctrain.arena import Array, Layout
 from asynctrain.executors.blas import check_one_blas_thread
 from asynctrain.nn import losses
 from asynctrain.nn.kernels import backend
@@ -52,27 +52,20 @@ def _call(job: Job) -> None:
     job()
 
 
-class _Bench:
-    """The arrays of one microbatch in work: what its pass may scribble on, its gradient sums and its statistics."""
+class _Sheet:
+    """The arrays of one result: gradient sums and statistics."""
 
     def __init__(self, gradients: Layout, statistics: Layout) -> None:
-        self.workspace = Workspace()
-        self._layouts = gradients, statistics
-
-    @cached_property
-    def gradients(self) -> Arena:  # predictions need none
-        return self._layouts[0].empty()
-
-    @cached_property
-    def statistics(self) -> Arena:
-        return self._layouts[1].empty()
+        self.gradients = gradients.empty()
+        self.statistics = statistics.empty()
 
 
 class GradientWorker:
     """Computes work for one program; may be used by several threads at once.
 
-    Benches are kept for reuse, as many as were ever needed at the same time, so that a steady step allocates nothing.
-    One whose work failed or was stopped is left to the garbage collector: a job of its own may still be writing to it.
+    What a pass scribbles on and what its result is written to are kept for reuse, as many of each as were ever needed
+    at the same time, so that a steady step allocates nothing. Where the work failed or was stopped they are left to the
+    garbage collector: a job of its own may still be writing to them.
     """
 
     def __init__(self, program: Program) -> None:
@@ -81,7 +74,8 @@ class GradientWorker:
         self._layout = self._model.layout(program.dtype)
         self._loss = losses.from_json(program.loss)
         self._kernels = backend.get(program.kernels)
-        self._benches: deque[_Bench] = deque()
+        self._workspaces: deque[Workspace] = deque()
+        self._sheets: deque[_Sheet] = deque()
 
     def warm_up(self) -> None:
         """Compile what the program's kernels would compile at their first use."""
@@ -89,7 +83,7 @@ class GradientWorker:
 
     @_quiet
     def gradients(
-        self, params: Params, work: GradientWork, stop: StopFlag, emit: Callable[[Job], None] = _call
+        self, params: Params, work: GradientWork, stop: StopFlag, emit: Callable[[Job], None] | None = None
     ) -> GradientResult:
         """Compute the gradient sums of one microbatch.
 
@@ -102,46 +96,62 @@ class GradientWorker:
                 released, when every emitted job is done.
         """
         check_one_blas_thread()
-        bench = self._take_bench()
+        workspace = self._take_workspace()
+        sheet = self._take_sheet()
         rng = partial(generator, self._program.seed, Purpose.DROPOUT, work.step, work.microbatch)
         scope = Scope(
-            bench.workspace,
+            workspace,
             train=True,
             rng=rng,
             check=stop.check,
-            emit=lambda job: emit(_quiet(job)),
-            gradients=bench.gradients,
-            statistics=bench.statistics,
+            emit=_call if emit is None else (lambda job: emit(_quiet(job))),
+            gradients=sheet.gradients,
+            statistics=sheet.statistics,
             kernels=self._kernels,
         )
         outputs, saved = self._model.forward(params, self._normalized(work.images, scope), scope)
         loss = self._loss(outputs, work.labels, work.weights, scope.empty("loss", outputs.shape, outputs.dtype))
         self._model.backward(params, saved, loss.gradient, scope)
-        release = partial(self._benches.append, bench)
-        return GradientResult(bench.gradients, _sums(loss, work.labels), bench.statistics, release)
+        if emit is None:
+            self._workspaces.append(workspace)
+            release = partial(self._sheets.append, sheet)
+        else:
+            release = partial(self._take_back, workspace, sheet)
+        return GradientResult(sheet.gradients, _sums(loss, work.labels), sheet.statistics, release)
 
     @_quiet
     def forward(self, params: Params, state: Params, work: ForwardWork, stop: StopFlag) -> ForwardResult:
         """Compute the model's outputs with its running statistics, and the loss sums where there are labels."""
         check_one_blas_thread()
-        bench = self._take_bench()
-        scope = Scope(bench.workspace, train=False, check=stop.check, state=state, kernels=self._kernels)
+        workspace = self._take_workspace()
+        scope = Scope(workspace, train=False, check=stop.check, state=state, kernels=self._kernels)
         outputs, _ = self._model.forward(params, self._normalized(work.images, scope), scope)
-        outputs = outputs.copy()  # the bench is about to be used again
-        self._benches.append(bench)
+        outputs = outputs.copy()  # the workspace is about to be used again
+        self._workspaces.append(workspace)
         if work.labels is None:
             return ForwardResult(outputs)
         return ForwardResult(outputs, _sums(self._loss(outputs, work.labels, work.weights), work.labels))
 
-    def forget_benches(self) -> None:
+    def forget_arrays(self) -> None:
         """Let go of the arrays that are kept for reuse: there is nothing more to compute."""
-        self._benches.clear()
+        self._workspaces.clear()
+        self._sheets.clear()
 
-    def _take_bench(self) -> _Bench:
+    def _take_workspace(self) -> Workspace:
         try:
-            return self._benches.pop()
+            return self._workspaces.pop()
         except IndexError:
-            return _Bench(self._layout, self._model.statistics_layout)
+            return Workspace()
+
+    def _take_sheet(self) -> _Sheet:
+        try:
+            return self._sheets.pop()
+        except IndexError:
+            return _Sheet(self._layout, self._model.statistics_layout)
+
+    def _take_back(self, workspace: Workspace, sheet: _Sheet) -> None:
+        self._workspaces.append(workspace)
+        self._sheets.append(sheet)
 
     def _normalized(self, images: Array, scope: Scope) -> Array:
         """Return ``(pixel / 255 - mean) / std`` in the program's dtype."""

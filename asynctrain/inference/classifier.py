@@ -201,7 +201,7 @@ class Classifier:
         return (await self._predictions([cast("ImageLike", images)], top_k, executor))[0]
 
     async def evaluate(
-        self, data: BatchStream, *, executor: Executor, microbatch: int = 32, metrics: Sequence[Metric] = ()
+        self, data: BatchStream, *, executor: Executor, microbatch: int | None = None, metrics: Sequence[Metric] = ()
     ) -> Evaluation:
         """Return loss, accuracy and ``metrics`` over one epoch of ``data``, a loader with the labels of ``classes``."""
         if data.image_shape != self.image_shape:

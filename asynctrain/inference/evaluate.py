@@ -13,7 +13,7 @@ import numpy as np
 from asynctrain._aio import unwrapped
 from asynctrain.arena import Array
 from asynctrain.executors.base import Session
-from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, Sums
+from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, Sums, cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,9 @@ class Metric(Protocol):
 
 
 async def evaluate(
-    session: Session, version: int, stream: BatchStream, microbatch: int, metrics: Sequence[Metric] = ()
+    session: Session, version: int, stream: BatchStream, microbatch: int | None, metrics: Sequence[Metric] = ()
 ) -> Evaluation:
-    """Evaluate the parameters of ``version`` over one epoch of ``stream``, ``microbatch`` samples at a time."""
+    """Evaluate the parameters of ``version`` over one epoch of ``stream``, each batch ``cut`` as in training."""
     sums = Sums()
     gathered = [metric.begin() for metric in metrics]
     async with stream.open() as batches:
@@ -92,8 +92,8 @@ async def forward(session: Session, version: int, works: Sequence[ForwardWork]) 
             return await asyncio.gather(*tasks)
 
 
-def _pieces(batch: Batch, microbatch: int) -> list[ForwardWork]:
-    pieces = [slice(start, start + microbatch) for start in range(0, len(batch.images), microbatch)]
+def _pieces(batch: Batch, microbatch: int | None) -> list[ForwardWork]:
+    pieces = cut(len(batch.images), microbatch)
     weights = [None if batch.weights is None else batch.weights[piece] for piece in pieces]
     return [
         ForwardWork(batch.images[piece], batch.labels[piece], own) for piece, own in zip(pieces, weights, strict=True)

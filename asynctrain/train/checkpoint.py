@@ -36,7 +36,7 @@ class Checkpoint:
     Attributes:
         state: after the last step that was applied.
         optimizer: as JSON.
-        microbatch: the largest number of samples in one piece of work.
+        microbatch: the largest number of samples in one piece of work; None for the default of ``cut``.
         data: what the loader says of itself.
         fingerprint: of the machine that computed.
         version: of asynctrain.
@@ -44,7 +44,7 @@ class Checkpoint:
 
     state: TrainState
     optimizer: JSON
-    microbatch: int
+    microbatch: int | None
     data: JSON
     fingerprint: Mapping[str, str]
     version: str

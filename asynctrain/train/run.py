@@ -55,7 +55,7 @@ class Job:
     model: Model
     optimizer: Optimizer
     executor: Executor
-    microbatch: int
+    microbatch: int | None
     loader: BatchStream
     limits: Limits
     validation: BatchStream | None

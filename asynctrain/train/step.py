@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -18,22 +18,18 @@ from asynctrain.arena import Arena
 from asynctrain.errors import DivergenceError, WeightlessBatchError
 from asynctrain.executors.base import Session
 from asynctrain.nn.model import Model
-from asynctrain.optim.apply import bound, measured, update_into
+from asynctrain.optim.apply import BLOCK, bound, measured, update_into
 from asynctrain.optim.transforms import Optimizer, rescaled
 from asynctrain.train.state import TrainState
-from asynctrain.types import Batch, GradientResult, GradientWork, Params, Sums
+from asynctrain.types import Batch, GradientResult, GradientWork, Params, Sums, cut
 
 T = TypeVar("T")
+
+_quiet = np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by an error of its own
 
 PART = 2**16  # elements, at least, that are worth a job of their own
 QUICK = 2**20  # elements: up to here a pass over them takes half a millisecond, and handing parts to threads no less
 PASSES = 4  # over the parameters that an update is counted as
-
-
-def cut(samples: int, microbatch: int) -> list[slice]:
-    """Cut a batch into ceil(samples / microbatch) parts whose sizes differ by at most one."""
-    parts = -(-samples // microbatch)
-    return [slice(start, stop) for start, stop in pairwise(samples * i // parts for i in range(parts + 1))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +38,11 @@ class _Part:
 
     names: tuple[str, ...]
     stretch: slice
+
+    def blocks(self) -> Iterator[_Part]:
+        """Yield stretches that stay in the cache; of no use to those who need names."""
+        for start in range(self.stretch.start, self.stretch.stop, BLOCK):
+            yield _Part((), slice(start, min(start + BLOCK, self.stretch.stop)))
 
 
 def _parts(params: Arena, count: int) -> list[_Part]:
@@ -70,6 +71,52 @@ def _work(step: int, microbatch: int, of: int, batch: Batch, piece: slice) -> Gr
     return GradientWork(step, microbatch, of, batch.images[piece], batch.labels[piece], weights)
 
 
+class _Gathered:
+    """The results of a step's microbatches, taken in their order.
+
+    They are added up in the arrays of the first; the last one waits to be added when the update passes over them.
+    """
+
+    def __init__(self) -> None:
+        self.sums = Sums()
+        self.last: GradientResult | None = None
+        self._first: GradientResult | None = None
+
+    def take(self, result: GradientResult) -> None:
+        """Take the next result; the one that was the last has been added by then."""
+        self.sums += result.sums
+        if self._first is None:
+            self._first = result
+            return
+        if self.last is not None:
+            self.last.release()
+        self.last = result
+
+    @property
+    def total(self) -> Arena:
+        """The sum, which lacks the last result where that is not yet added."""
+        assert self._first is not None  # noqa: S101 - a batch has a microbatch
+        return self._first.gradients
+
+    def add_last(self, part: _Part) -> None:
+        """Add a part of the result that was taken last."""
+        if self.last is not None:
+            total = self.total.vector[part.stretch]
+            np.add(total, self.last.gradients.vector[part.stretch], out=total)
+
+    def complete(self, part: _Part) -> float:
+        """Add the same, and return the sum of squares of the part's gradients."""
+        self.add_last(part)
+        total = self.total.vector[part.stretch]
+        return float(np.dot(total, total))
+
+    def release(self) -> None:
+        """Give the arrays back to the session they came from."""
+        for result in (self._first, self.last):
+            if result is not None:
+                result.release()
+
+
 class TrainStep:
     """Applies batches to a state.
 
@@ -80,12 +127,12 @@ class TrainStep:
         model: that is trained.
         session: where gradients are computed.
         optimizer: a pair of pure functions.
-        microbatch: the largest number of samples in one piece of work, at least 1.
+        microbatch: the largest number of samples in one piece of work, at least 1; None for the default of ``cut``.
         threads: where the layers of a large model are reduced and updated, each part a job.
     """
 
     def __init__(
-        self, model: Model, session: Session, optimizer: Optimizer, microbatch: int, threads: ThreadPoolExecutor
+        self, model: Model, session: Session, optimizer: Optimizer, microbatch: int | None, threads: ThreadPoolExecutor
     ) -> None:
         self._model = model
         self._session = session
@@ -98,7 +145,7 @@ class TrainStep:
         """Return ``state`` in arrays of this object's own, broadcast and ready for the first step."""
         self._parts = _parts(state.params, os.cpu_count() or 1)
         self._handed_out = False
-        self._gradients = state.params.layout.empty()
+        self._size = state.params.layout.size
         self._statistics = self._model.statistics_layout.empty()
         self._spare = state.writable_copy()
         state = state.writable_copy()
@@ -114,13 +161,16 @@ class TrainStep:
             DivergenceError: the loss or a gradient is not finite.
             WeightlessBatchError: the samples' weights sum to 0.
         """
-        sums = await self._reduced_gradients(state, batch)
-        squares = await self._for_each_part(self._sum_of_squares)
-        if not math.isfinite(sums.loss) or not math.isfinite(sum(squares)):
+        gathered = await self._gather(state, batch)
+        try:
+            sums = gathered.sums
+            squares = await self._update(state, gathered)
+        finally:
+            gathered.release()
+        if not math.isfinite(sums.loss) or not math.isfinite(squares):
             raise DivergenceError(state.step + 1, sums.mean_loss, batch.sources)
         if not sums.weight:
             raise WeightlessBatchError(state.step + 1)
-        await self._update(state, 1.0 / sums.weight)
         self._model.fold(state.model_state, self._statistics, sums.samples, self._spare.model_state)
         following = replace(
             state,
@@ -143,8 +193,8 @@ class TrainStep:
         self._handed_out = True
         return state.read_only()
 
-    async def _reduced_gradients(self, state: TrainState, batch: Batch) -> Sums:
-        """Leave the batch's summed gradients and statistics in ``self._gradients`` and ``self._statistics``.
+    async def _gather(self, state: TrainState, batch: Batch) -> _Gathered:
+        """Return the batch's gradients, added up but for the last microbatch's; leave its statistics in an array here.
 
         Each microbatch waits for its turn to be added, so the order of additions is the order of microbatches whichever
         is computed first. The tasks are gathered because cancelling a gather cancels all of them in the same call.
@@ -152,52 +202,50 @@ class TrainStep:
         pieces = cut(len(batch.images), self._microbatch)
         turns = [asyncio.Event() for _ in range(len(pieces) + 1)]
         turns[0].set()
+        gathered = _Gathered()
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._microbatch_gradients(work, turns[i], turns[i + 1]), name=f"microbatch-{i}")
+                group.create_task(self._microbatch_gradients(work, gathered, *turns[i : i + 2]), name=f"microbatch-{i}")
                 for i, piece in enumerate(pieces)
                 for work in [_work(state.step, i, len(pieces), batch, piece)]
             ]
-            return sum(await asyncio.gather(*tasks), start=Sums())
+            await asyncio.gather(*tasks)
+        return gathered
 
-    async def _microbatch_gradients(self, work: GradientWork, turn: asyncio.Event, following: asyncio.Event) -> Sums:
+    async def _microbatch_gradients(
+        self, work: GradientWork, gathered: _Gathered, turn: asyncio.Event, following: asyncio.Event
+    ) -> None:
         result = await self._session.compute(work, version=work.step)
         await turn.wait()
-        await self._for_each_part(partial(self._add, result, work.microbatch == 0))
+        if gathered.last:
+            await self._for_each_part(gathered.add_last)
         if work.microbatch == 0:
             self._statistics.assign(result.statistics)
         else:
             self._statistics.vector += result.statistics.vector
-        result.release()
+        gathered.take(result)
         following.set()
-        return result.sums
 
     async def _for_each_part(self, function: Callable[[_Part], T], passes: int = 1) -> list[T]:
         """Gather ``function`` of each part, in threads where that many passes over the parameters take a while."""
-        if len(self._parts) == 1 or passes * self._gradients.layout.size <= QUICK:
+        if len(self._parts) == 1 or passes * self._size <= QUICK:
             return [function(part) for part in self._parts]
         loop = asyncio.get_running_loop()
         return await asyncio.gather(*(loop.run_in_executor(self._threads, function, part) for part in self._parts))
 
-    def _add(self, result: GradientResult, is_first: bool, part: _Part) -> None:
-        total, addend = self._gradients.vector[part.stretch], result.gradients.vector[part.stretch]
-        if is_first:
-            np.copyto(total, addend)
-        else:
-            np.add(total, addend, out=total)
+    async def _update(self, state: TrainState, gathered: _Gathered) -> float:
+        """Write parameters and optimizer state after the mean gradients into ``self._spare``.
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by an error of its own
-    def _sum_of_squares(self, part: _Part) -> float:
-        stretch = self._gradients.vector[part.stretch]
-        return float(np.dot(stretch, stretch))
-
-    async def _update(self, state: TrainState, scale: float) -> None:
-        """Write parameters and optimizer state after the gradients times ``scale`` into ``self._spare``."""
+        Returns the sum of their squares: where that is not finite, what was written means nothing.
+        """
         optimizer = self._optimizer_at(state.learning_rate_scale)
-        if optimizer.reduction:
-            measures = await self._for_each_part(partial(self._measure_part, state, scale))
-            optimizer = bound(optimizer, chain.from_iterable(measures))
-        await self._for_each_part(partial(self._update_part, optimizer, state, scale), PASSES)
+        scale = 1.0 / gathered.sums.weight if gathered.sums.weight else 0.0
+        if optimizer.reduction is None:  # all in one go, while the gradients are in the cache
+            return sum(await self._for_each_part(partial(self._finish_part, optimizer, state, gathered, scale), PASSES))
+        measures = await self._for_each_part(partial(self._measure_part, optimizer, state, gathered, scale), PASSES)
+        given = bound(optimizer, chain.from_iterable(of_part for _, of_part in measures))
+        await self._for_each_part(partial(self._update_part, given, state, gathered.total, scale), PASSES)
+        return sum(squares for squares, _ in measures)
 
     def _optimizer_at(self, learning_rate_scale: float) -> Optimizer:
         if self._rescaled is None or self._rescaled[0] != learning_rate_scale:
@@ -206,25 +254,33 @@ class TrainStep:
             self._rescaled = learning_rate_scale, optimizer
         return self._rescaled[1]
 
-    def _measure_part(self, state: TrainState, scale: float, part: _Part) -> list[Sequence[float]]:
-        return measured(
-            self._optimizer_at(state.learning_rate_scale),
-            part.names,
-            state.params,
-            self._gradients,
-            state.optimizer_state,
-            state.step,
-            scale,
-        )
+    @_quiet
+    def _finish_part(
+        self, optimizer: Optimizer, state: TrainState, gathered: _Gathered, scale: float, part: _Part
+    ) -> float:
+        squares = 0.0
+        for piece in part.blocks() if optimizer.uniform else [part]:
+            squares += gathered.complete(piece)
+            self._update_part(optimizer, state, gathered.total, scale, piece)
+        return squares
 
-    def _update_part(self, optimizer: Optimizer, state: TrainState, scale: float, part: _Part) -> None:
+    @_quiet
+    def _measure_part(
+        self, optimizer: Optimizer, state: TrainState, gathered: _Gathered, scale: float, part: _Part
+    ) -> tuple[float, list[Sequence[float]]]:
+        squares = gathered.complete(part)
+        slots = state.optimizer_state
+        return squares, measured(optimizer, part.names, state.params, gathered.total, slots, state.step, scale)
+
+    @_quiet
+    def _update_part(self, optimizer: Optimizer, state: TrainState, total: Arena, scale: float, part: _Part) -> None:
         after = self._spare
         names: tuple[str, ...] = part.names
-        params: list[Params] = [state.params, self._gradients, after.params]
+        params: list[Params] = [state.params, total, after.params]
         slots: list[Mapping[str, Params]] = [state.optimizer_state, after.optimizer_state]
         if optimizer.uniform:  # then the part is as good as one array, and there is one call where there were many
             names = ("all",)
-            params = [_as_one(arena, part) for arena in (state.params, self._gradients, after.params)]
+            params = [_as_one(arena, part) for arena in (state.params, total, after.params)]
             slots = [
                 {slot: _as_one(arena, part) for slot, arena in arenas.items()}
                 for arenas in (state.optimizer_state, after.optimizer_state)

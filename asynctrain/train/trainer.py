@@ -91,8 +91,9 @@ class Trainer:
         model: the architecture.
         optimizer: a pair of pure functions, for example ``optim.adamw(3e-3)``.
         executor: where gradients are computed; it stays the caller's to close.
-        microbatch: the largest number of samples in one piece of work, at least 1. It belongs to the optimisation (it
-            decides the order of additions), the number of workers does not.
+        microbatch: the largest number of samples in one piece of work, at least 1; by default half of the batch, but at
+            least 32 and at most 64 (see ``types.cut``). It belongs to the optimisation (it decides the order of
+            additions), the number of workers does not; with more than two workers on small batches ask for less.
         seed: of the initial parameters and of dropout, 0 to 2**64 - 1.
         loss: a loss of ``nn.losses``, or its name: ``nn.losses.softmax_cross_entropy(label_smoothing=0.1)``.
         normalization: how pixels become numbers.
@@ -107,14 +108,14 @@ class Trainer:
         *,
         optimizer: Optimizer,
         executor: Executor,
-        microbatch: int = 32,
+        microbatch: int | None = None,
         seed: int = 0,
         loss: str | LossFunction = "softmax_cross_entropy",
         normalization: Normalization | None = None,
         dtype: str = "float32",
         kernels: str = "numpy",
     ) -> None:
-        if microbatch < 1:
+        if microbatch is not None and microbatch < 1:
             raise ValueError(f"microbatch must be at least 1, got {microbatch}")
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}")

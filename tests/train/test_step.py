@@ -18,7 +18,7 @@ from asynctrain.executors import InlineExecutor, ThreadExecutor
 from asynctrain.executors.base import Session
 from asynctrain.optim import initial_state
 from asynctrain.train.state import TrainState
-from asynctrain.train.step import TrainStep, cut
+from asynctrain.train.step import TrainStep
 from asynctrain.types import (
     Batch,
     Cursor,
@@ -29,6 +29,7 @@ from asynctrain.types import (
     Params,
     Program,
     Sums,
+    cut,
 )
 
 RNG = np.random.default_rng(0)
@@ -44,6 +45,16 @@ def test_a_batch_is_cut_into_the_fewest_parts_of_sizes_that_differ_by_at_most_on
     assert max(sizes) <= microbatch
     assert max(sizes) - min(sizes) <= 1
     assert [index for piece in pieces for index in range(piece.start, piece.stop)] == list(range(samples))
+
+
+@pytest.mark.parametrize(
+    ("samples", "sizes"),
+    [(1, [1]), (32, [32]), (33, [16, 17]), (64, [32, 32]), (128, [64, 64]), (129, [43, 43, 43]), (256, [64] * 4)],
+)
+def test_by_default_two_workers_have_something_to_do_and_no_part_is_larger_than_64(
+    samples: int, sizes: list[int]
+) -> None:
+    assert [piece.stop - piece.start for piece in cut(samples, None)] == sizes
 
 
 def batch(samples: int, size: int, classes: int) -> Batch:
