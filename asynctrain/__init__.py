@@ -14,10 +14,19 @@ from asynctrain._version import __version__
 from asynctrain.data import ArrayDataset, ImageFolder, Loader, Pipeline, StreamLoader, augment
 
 # Homes: where gradients are computed
-from asynctrain.executors import Executor, InlineExecutor, Session, ThreadExecutor, numeric_fingerprint
+from asynctrain.executors import (
+    Executor,
+    ExecutorGroup,
+    InlineExecutor,
+    PoolExecutor,
+    ProcessExecutor,
+    Session,
+    ThreadExecutor,
+    numeric_fingerprint,
+)
 
 # Trained models in use
-from asynctrain.inference import Classifier, Evaluation, Prediction
+from asynctrain.inference import Classifier, EvaluationResult, Prediction
 
 # Models: ready ones, and layers to build others of
 from asynctrain.nn import Model, models
@@ -54,8 +63,9 @@ __all__ = [
     "Cursor",
     "Decision",
     "EarlyStopping",
-    "Evaluation",
+    "EvaluationResult",
     "Executor",
+    "ExecutorGroup",
     "History",
     "ImageFolder",
     "InlineExecutor",
@@ -64,7 +74,9 @@ __all__ = [
     "Model",
     "Normalization",
     "Pipeline",
+    "PoolExecutor",
     "Prediction",
+    "ProcessExecutor",
     "Program",
     "Progress",
     "Record",

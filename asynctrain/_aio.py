@@ -248,6 +248,30 @@ def unwrapped() -> Iterator[None]:
         raise error from error.__cause__  # the group adds nothing: keep it out of the traceback
 
 
+@contextmanager
+def first_of_several() -> Iterator[None]:
+    """Raise the first error of an exception group in the group's stead; its notes tell what else the group has.
+
+    For work that is one to its caller, whose parts fail for one reason: a batch of which two microbatches are refused.
+    """
+    try:
+        yield
+    except ExceptionGroup as group:
+        first, *others = _leaves(group)
+        for other in others:
+            first.add_note(f"and beside it {type(other).__name__}: {other}")
+        raise first from first.__cause__
+
+
+def _leaves(group: ExceptionGroup[Exception]) -> list[Exception]:
+    """Return the errors of a group and of the groups in it."""
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, ExceptionGroup) else [error])
+    ]
+
+
 class ServingGroup(asyncio.TaskGroup):
     """A TaskGroup whose tasks serve its block: they are cancelled when the block ends, and a lone error comes bare."""
 

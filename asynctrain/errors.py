@@ -52,6 +52,22 @@ class ExecutorError(AsyncTrainError):
         return type(self), (self.address, self.reason)
 
 
+class WorkerLostError(ExecutorError):
+    """The worker or home at ``address`` is gone, and its work with it, which may be done elsewhere."""
+
+
+class RemoteError(ExecutorError):
+    """The work itself failed at ``address``; ``traceback_text`` is where, as that process told it."""
+
+    def __init__(self, address: str, reason: str, traceback_text: str) -> None:
+        self.traceback_text = traceback_text
+        super().__init__(address, reason)
+        self.add_note(traceback_text.rstrip())
+
+    def __reduce__(self) -> tuple[type[RemoteError], tuple[str, str, str]]:  # type: ignore[override]
+        return type(self), (self.address, self.reason, self.traceback_text)
+
+
 class StaleParametersError(ExecutorError):
     """A session was asked to compute with a version of the parameters that it does not hold."""
 

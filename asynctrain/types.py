@@ -276,6 +276,39 @@ class GradientResult:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    """The worker at ``address``, which does ``slots`` pieces of work at once, takes part from now on."""
+
+    address: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker at ``address`` is gone; its work is computed elsewhere, with the same bits."""
+
+    address: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speculated:
+    """The worker at ``address`` computes too what ``instead_of`` has not returned in time; the first result counts.
+
+    step: whose parameters it is computed with. microbatch: which one of that step, None where it is a prediction.
+    """
+
+    address: str
+    instead_of: str
+    step: int
+    microbatch: int | None
+
+
+Notice = WorkerJoined | WorkerLost | Speculated
+"""What a home tells of its workers, besides results."""
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardResult:
     """The model's outputs, (n, classes), an array of the caller's own, and the sums where there were labels."""
 

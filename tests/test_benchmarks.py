@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import asynctrain as at
-from benchmarks import kernels, steps
+from benchmarks import executors, homes, kernels, serving, steps
 from benchmarks.steps import Job
 
 OURS = Job("asynctrain", "mlp")
@@ -57,3 +57,40 @@ def test_predictions_are_timed_for_each_batch_size(small: Job) -> None:
     job = replace(small, task="predict", batches=(1, 7))
     for predict in (steps.predict_on_threads, steps.predict_inline):
         assert all(predict(job)["seconds"][size] > 0 for size in ("1", "7"))
+
+
+def test_the_cost_of_serving_is_that_of_a_training_against_itself_round_by_round() -> None:
+    def one(serving_images: int, alone_images: int, late: float) -> dict[str, Any]:
+        slices = {"with": serving_images, "without": alone_images}
+        told = {kind: {"images": count, "seconds": 2.0, "late": [late]} for kind, count in slices.items()}
+        return {**told, "predictions": 40, "seconds": [0.01], "right": late < 1}
+
+    fast, slow, wrong = one(900, 1000, 0.011), one(80, 100, 0.011), one(90, 100, 2.0)
+    good, bad = serving.CASES
+    rows = serving.rows_of({good: [fast, fast, slow], bad: [slow, slow, wrong], serving.BUSY: [[0.002], [0.002]]})
+    told = {(row.case, row.metric): row for row in rows}
+    assert [told[case, "images/s"].ratio for case in (good, bad)] == pytest.approx([0.9, 0.8])
+    for metric in ("images/s", "p99 late, ms", "right answers"):
+        assert [told[case, metric].met for case in (good, bad)] == [True, False]
+
+
+def test_rounds_on_processes_are_held_against_a_bare_loop_and_two_workers_against_one() -> None:
+    results: dict[str, list[Any]] = {executors.IDLE: [[0.001] * 10]}
+    for size in executors.SIZES:
+        results |= {f"round, processes, {size} MB": [0.003, 0.003], f"round, bare loop, {size} MB": [0.002, 0.001]}
+        results[f"bytes, {size} MB"] = [{"moved": 100, "allowed": 99 + size}]
+    for size in executors.ALLOWED:
+        results[f"heartbeat, {size} MB"] = [[0.001] * 8 + [0.021] * 2]
+    results |= {"microbatches, processes, 1": [10.0], "microbatches, processes, 2": [18.0]}
+    met = {row.case: (row.ratio, row.met) for row in executors.rows_of(results)}
+    assert met["round, processes, 1 MB"][0] == pytest.approx(0.5)
+    assert met["round, processes, 1 MB"][1] is False
+    assert met["two workers, processes, 100 ms each"] == (1.8, True)
+    assert [met[f"bytes, {size} MB"][1] for size in executors.SIZES] == [True, True, True]
+    assert [met[f"heartbeat, {size} MB"][1] for size in (10, 100)] == [False, True]
+
+
+async def test_the_bare_loop_and_the_executors_give_the_gradients_that_each_round_checks() -> None:
+    for rounds in (homes.bare_rounds(0.01), homes.executor_rounds(at.ProcessExecutor(2), 0.01)):
+        async with rounds as round_:
+            assert len(await homes.timed(round_, 1, 2)) == 2

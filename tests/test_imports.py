@@ -39,12 +39,13 @@ train                | {GROUND} _version _aio _files nn optim inference metrics
                      | executors.base executors.worker executors.fingerprint numpy asyncio safetensors tomli_w
 train.callbacks      | _aio _files nn inference data.images train tensorboardX
 train.display        | train rich IPython
+train.notebook       | train IPython
 train.plots          | train numpy matplotlib
 train.tiles          | {GROUND} data.images
 train.report         | _files train PIL
 """
 
-ANYTHING = ("__init__", "testing", "cli")  # the package's own page, the fakes for tests, and the command line
+ANYTHING = ("__init__", "testing", "cli", "serve")  # the package's own page, fakes for tests, command line, service
 NEVER_IN_NN = {"concurrent", "datetime", "io", "os", "pathlib", "random", "secrets", "tempfile", "time"}
 
 MODULES = {
@@ -71,7 +72,7 @@ def permissions() -> dict[str, set[str]]:
 
 PERMITTED = permissions()
 FREE = {"asynctrain", *(f"asynctrain.{name}" for name in ANYTHING)}
-RULED = [name for name in MODULES if name not in FREE and not name.startswith("asynctrain.cli.")]
+RULED = [name for name in MODULES if name not in FREE and not name.startswith(("asynctrain.cli.", "asynctrain.serve."))]
 
 
 def imports(module: str) -> Iterator[str]:

@@ -8,10 +8,18 @@ executors) can train, with the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, Self, overload
 
-from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program
+from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Notice, Params, Program
+
+Tell = Callable[[Notice], None]
+"""Hears of workers that come and go: called on the loop, synchronously, so it must be quick and must not raise."""
+
+
+def nobody(notice: Notice) -> None:
+    """Let a notice go unheard."""
 
 
 class Session(Protocol):
@@ -20,6 +28,11 @@ class Session(Protocol):
     @property
     def slots(self) -> int:
         """How many pieces of work are computed at once."""
+        ...
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """The numeric fingerprint of the place that computes (``asynctrain.numeric_fingerprint``)."""
         ...
 
     async def broadcast(self, params: Params, model_state: Params, version: int) -> None:
@@ -36,6 +49,7 @@ class Session(Protocol):
         Raises:
             StaleParametersError: the session holds another version.
             ClosedError: the session or its executor is closed.
+            WorkerLostError: the home is gone; the work may be done elsewhere.
             ExecutorError: the home failed.
 
         Cancelling stops the computing as soon as the home can (threads: within one layer's kernel); the session stays
@@ -47,8 +61,11 @@ class Session(Protocol):
 class Executor(Protocol):
     """A home for gradient workers; not a ``concurrent.futures.Executor``."""
 
-    def open(self, program: Program) -> AbstractAsyncContextManager[Session]:
-        """Open a session for ``program``; leaving it waits until nothing of it computes any more."""
+    def open(self, program: Program, tell: Tell = ...) -> AbstractAsyncContextManager[Session]:
+        """Open a session for ``program``; leaving it waits until nothing of it computes any more.
+
+        ``tell`` hears of workers that come and go while the session is open; a home inside this process has none.
+        """
         ...
 
     async def aclose(self, grace: float = ...) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, TypeVar, overload
 
 from asynctrain._aio import in_thread, step_back
 from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError
-from asynctrain.executors.base import Session
+from asynctrain.executors.base import Session, Tell, nobody
 from asynctrain.executors.blas import find_blas, one_blas_thread
+from asynctrain.executors.fingerprint import numeric_fingerprint
 from asynctrain.executors.worker import GradientWorker, Job, StopFlag
 from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program
 
@@ -24,14 +26,23 @@ Split = Literal["auto", "microbatches", "layers"]
 GRACE = 10.0  # seconds that a kernel has to end once it is asked to
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A worker that is ready for work, and the fingerprint of what it computes with."""
+
+    worker: GradientWorker
+    fingerprint: Mapping[str, str]
+
+
 class _LocalSession(ABC):
     """Holds one program's worker and the parameters of one version, by reference."""
 
     slots: int
 
-    def __init__(self, address: str, worker: GradientWorker) -> None:
+    def __init__(self, address: str, ready: _Ready) -> None:
+        self.fingerprint = ready.fingerprint
         self._address = address
-        self._worker = worker
+        self._worker = ready.worker
         self._params: Params = {}
         self._model_state: Params = {}
         self._version: int | None = None
@@ -99,12 +110,12 @@ class _LocalExecutor(ABC):
         self._closed = False
 
     @asynccontextmanager
-    async def open(self, program: Program) -> AsyncIterator[Session]:
+    async def open(self, program: Program, tell: Tell = nobody) -> AsyncIterator[Session]:
         """Open a session for ``program``; leaving it stops its work and waits for the kernels under way."""
         if self._closed:
             raise ClosedError(f"the executor {self._address} is closed")
         with one_blas_thread(await in_thread(find_blas)):
-            session = self._session(await in_thread(_ready_worker, program))
+            session = self._session(await in_thread(_make_ready, program))
             self._sessions.add(session)
             try:
                 yield session
@@ -114,7 +125,7 @@ class _LocalExecutor(ABC):
                 session.forget()
 
     @abstractmethod
-    def _session(self, worker: GradientWorker) -> _LocalSession: ...
+    def _session(self, ready: _Ready) -> _LocalSession: ...
 
     async def aclose(self, grace: float = GRACE) -> None:
         """Refuse further sessions and stop the work of those that are open, within ``grace`` seconds."""
@@ -133,11 +144,11 @@ class _LocalExecutor(ABC):
         return f"<{type(self).__name__} {self._address}, {state}>"
 
 
-def _ready_worker(program: Program) -> GradientWorker:
+def _make_ready(program: Program) -> _Ready:
     """Return a worker whose first microbatch finds everything imported and compiled; this may take seconds."""
     worker = GradientWorker(program)
     worker.warm_up()
-    return worker
+    return _Ready(worker, numeric_fingerprint(program.kernels))
 
 
 class InlineExecutor(_LocalExecutor):
@@ -149,8 +160,8 @@ class InlineExecutor(_LocalExecutor):
     def __init__(self) -> None:
         super().__init__("inline")
 
-    def _session(self, worker: GradientWorker) -> _InlineSession:
-        return _InlineSession(self._address, worker)
+    def _session(self, ready: _Ready) -> _InlineSession:
+        return _InlineSession(self._address, ready)
 
 
 class _KernelFuture(asyncio.Future[T]):
@@ -169,29 +180,62 @@ class _KernelFuture(asyncio.Future[T]):
         return super().cancel(msg)
 
 
+class InFlight:
+    """The work of one session that is under way in a pool of threads or processes."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._stops: dict[Future[Any], StopFlag] = {}
+
+    def add(self, future: Future[Any], stop: StopFlag) -> None:
+        """Enter work that was handed to the pool; it is struck out when it is over."""
+        self._stops[future] = stop
+        future.add_done_callback(lambda done: self._stops.pop(done, None))
+
+    def result(self, future: Future[T], stop: StopFlag) -> asyncio.Future[T]:
+        """Return ``future`` as one of this loop's; cancelling that sets ``stop``."""
+        loop = asyncio.get_running_loop()
+        awaitable: asyncio.Future[T] = _KernelFuture(stop)
+        future.add_done_callback(lambda done: loop.call_soon_threadsafe(_hand_over, done, awaitable))
+        return awaitable
+
+    async def stop(self, grace: float) -> None:
+        """Stop what is under way and wait for it, at most ``grace`` seconds.
+
+        Raises:
+            ExecutorError: some of it goes on.
+        """
+        for future, stop in list(self._stops.items()):
+            stop.set()
+            future.cancel()
+        running = [_end_of(future) for future in list(self._stops)]
+        if running:
+            _, late = await asyncio.wait(running, timeout=grace)
+            if late:
+                raise ExecutorError(self._address, f"{len(late)} kernels did not end within {grace} s of being stopped")
+
+
 class _ThreadSession(_LocalSession):
     """Sends work to the executor's threads and knows what is in flight there."""
 
-    def __init__(
-        self, address: str, worker: GradientWorker, threads: ThreadPoolExecutor, slots: int, split: Split
-    ) -> None:
-        super().__init__(address, worker)
+    def __init__(self, address: str, ready: _Ready, threads: ThreadPoolExecutor, slots: int, split: Split) -> None:
+        super().__init__(address, ready)
         self.slots = slots
         self._threads = threads
         self._split = split
-        self._in_flight: dict[Future[Any], StopFlag] = {}
+        self._in_flight = InFlight(address)
 
     async def _forward(self, work: ForwardWork) -> ForwardResult:
         stop = StopFlag()
         compute = partial(self._worker.forward, self._params, self._model_state, work, stop)
-        return await self._result(self._submit(stop, compute), stop)
+        return await self._in_flight.result(self._submit(stop, compute), stop)
 
     async def _gradients(self, work: GradientWork) -> GradientResult:
         stop = StopFlag()
         if self._splits_layers(work):
             return await self._gradients_by_layer(work, stop)
         compute = partial(self._worker.gradients, self._params, work, stop)
-        return await self._result(self._submit(stop, compute), stop)
+        return await self._in_flight.result(self._submit(stop, compute), stop)
 
     async def _gradients_by_layer(self, work: GradientWork, stop: StopFlag) -> GradientResult:
         """Let one thread go down the chain of input gradients while others take the weight gradients it frees."""
@@ -202,8 +246,8 @@ class _ThreadSession(_LocalSession):
 
         chain = self._submit(stop, partial(self._worker.gradients, self._params, work, stop, emit))
         try:
-            result = await self._result(chain, stop)
-            await asyncio.gather(*(self._result(job, stop) for job in jobs))
+            result = await self._in_flight.result(chain, stop)
+            await asyncio.gather(*(self._in_flight.result(job, stop) for job in jobs))
         except BaseException:
             stop.set()  # one layer failed: the others need not go on
             raise
@@ -217,30 +261,12 @@ class _ThreadSession(_LocalSession):
             future = self._threads.submit(function)
         except RuntimeError as error:  # the pool was shut down
             raise ClosedError(f"the executor {self._address} is closed") from error
-        self._in_flight[future] = stop
-        future.add_done_callback(self._landed)
+        self._in_flight.add(future, stop)
         return future
-
-    def _landed(self, future: Future[Any]) -> None:
-        self._in_flight.pop(future, None)
-
-    def _result(self, future: Future[T], stop: StopFlag) -> asyncio.Future[T]:
-        """Return ``future`` as one of this loop's."""
-        loop = asyncio.get_running_loop()
-        awaitable: asyncio.Future[T] = _KernelFuture(stop)
-        future.add_done_callback(lambda done: loop.call_soon_threadsafe(_hand_over, done, awaitable))
-        return awaitable
 
     async def aclose(self, grace: float) -> None:
         await super().aclose(grace)
-        for future, stop in list(self._in_flight.items()):
-            stop.set()
-            future.cancel()
-        running = [_end_of(future) for future in list(self._in_flight)]
-        if running:
-            _, late = await asyncio.wait(running, timeout=grace)
-            if late:
-                raise ExecutorError(self._address, f"{len(late)} kernels did not end within {grace} s of being stopped")
+        await self._in_flight.stop(grace)
 
 
 def _end_of(future: Future[Any]) -> asyncio.Future[None]:
@@ -292,8 +318,8 @@ class ThreadExecutor(_LocalExecutor):
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="asynctrain-kernel", initializer=step_back)
         super().__init__(f"threads:{self._workers}")
 
-    def _session(self, worker: GradientWorker) -> _ThreadSession:
-        return _ThreadSession(self._address, worker, self._threads, self._workers, self._split)
+    def _session(self, ready: _Ready) -> _ThreadSession:
+        return _ThreadSession(self._address, ready, self._threads, self._workers, self._split)
 
     async def aclose(self, grace: float = GRACE) -> None:
         """Stop all work and end the threads; may be called again.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from asynctrain.arena import Array, Layout
+from asynctrain.arena import Arena, Array
 from asynctrain.executors.blas import check_one_blas_thread
 from asynctrain.nn import losses
 from asynctrain.nn.kernels import backend
@@ -52,12 +53,12 @@ def _call(job: Job) -> None:
     job()
 
 
-class _Sheet:
-    """The arrays of one result: gradient sums and statistics."""
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """The arrays that one result is written to: gradient sums and statistics."""
 
-    def __init__(self, gradients: Layout, statistics: Layout) -> None:
-        self.gradients = gradients.empty()
-        self.statistics = statistics.empty()
+    gradients: Arena
+    statistics: Arena
 
 
 class GradientWorker:
@@ -75,7 +76,7 @@ class GradientWorker:
         self._loss = losses.from_json(program.loss)
         self._kernels = backend.get(program.kernels)
         self._workspaces: deque[Workspace] = deque()
-        self._sheets: deque[_Sheet] = deque()
+        self._sheets: deque[Sheet] = deque()
 
     def warm_up(self) -> None:
         """Compile what the program's kernels would compile at their first use."""
@@ -83,7 +84,12 @@ class GradientWorker:
 
     @_quiet
     def gradients(
-        self, params: Params, work: GradientWork, stop: StopFlag, emit: Callable[[Job], None] | None = None
+        self,
+        params: Params,
+        work: GradientWork,
+        stop: StopFlag,
+        emit: Callable[[Job], None] | None = None,
+        into: Sheet | None = None,
     ) -> GradientResult:
         """Compute the gradient sums of one microbatch.
 
@@ -94,10 +100,12 @@ class GradientWorker:
             emit: takes the job that computes one layer's weight gradient. By default the job is done at once; it may
                 also be done later or in another thread, with the same bits. The result is complete, and may be
                 released, when every emitted job is done.
+            into: what the result is written to, and who gave it may use it again without a ``release``; by default
+                arrays of the worker's own.
         """
         check_one_blas_thread()
         workspace = self._take_workspace()
-        sheet = self._take_sheet()
+        sheet = into or self._take_sheet()
         rng = partial(generator, self._program.seed, Purpose.DROPOUT, work.step, work.microbatch)
         scope = Scope(
             workspace,
@@ -143,13 +151,13 @@ class GradientWorker:
         except IndexError:
             return Workspace()
 
-    def _take_sheet(self) -> _Sheet:
+    def _take_sheet(self) -> Sheet:
         try:
             return self._sheets.pop()
         except IndexError:
-            return _Sheet(self._layout, self._model.statistics_layout)
+            return Sheet(self._layout.empty(), self._model.statistics_layout.empty())
 
-    def _take_back(self, workspace: Workspace, sheet: _Sheet) -> None:
+    def _take_back(self, workspace: Workspace, sheet: Sheet) -> None:
         self._workspaces.append(workspace)
         self._sheets.append(sheet)
 

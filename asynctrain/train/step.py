@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from asynctrain.arena import Arena
-from asynctrain.errors import DivergenceError, WeightlessBatchError
+from asynctrain.errors import DivergenceError, ExecutorError, WeightlessBatchError
 from asynctrain.executors.base import Session
 from asynctrain.nn.model import Model
 from asynctrain.optim.apply import BLOCK, bound, measured, update_into
@@ -159,11 +159,16 @@ class TrainStep:
 
         Raises:
             DivergenceError: the loss or a gradient is not finite.
+            ExecutorError: the session failed, or its results are not those of all samples of the batch.
             WeightlessBatchError: the samples' weights sum to 0.
         """
-        gathered = await self._gather(state, batch)
+        gathered = _Gathered()
         try:
+            await self._gather(state, batch, gathered)
             sums = gathered.sums
+            if sums.samples != batch.samples:
+                told = f"returned the gradients of {sums.samples} samples for a batch of {batch.samples}"
+                raise ExecutorError("the session", told)
             squares = await self._update(state, gathered)
         finally:
             gathered.release()
@@ -193,8 +198,8 @@ class TrainStep:
         self._handed_out = True
         return state.read_only()
 
-    async def _gather(self, state: TrainState, batch: Batch) -> _Gathered:
-        """Return the batch's gradients, added up but for the last microbatch's; leave its statistics in an array here.
+    async def _gather(self, state: TrainState, batch: Batch, gathered: _Gathered) -> None:
+        """Have ``gathered`` take the gradients of the batch's microbatches, and add up its statistics in an array here.
 
         Each microbatch waits for its turn to be added, so the order of additions is the order of microbatches whichever
         is computed first. The tasks are gathered because cancelling a gather cancels all of them in the same call.
@@ -202,7 +207,6 @@ class TrainStep:
         pieces = cut(len(batch.images), self._microbatch)
         turns = [asyncio.Event() for _ in range(len(pieces) + 1)]
         turns[0].set()
-        gathered = _Gathered()
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._microbatch_gradients(work, gathered, *turns[i : i + 2]), name=f"microbatch-{i}")
@@ -210,15 +214,18 @@ class TrainStep:
                 for work in [_work(state.step, i, len(pieces), batch, piece)]
             ]
             await asyncio.gather(*tasks)
-        return gathered
 
     async def _microbatch_gradients(
         self, work: GradientWork, gathered: _Gathered, turn: asyncio.Event, following: asyncio.Event
     ) -> None:
         result = await self._session.compute(work, version=work.step)
-        await turn.wait()
-        if gathered.last:
-            await self._for_each_part(gathered.add_last)
+        try:
+            await turn.wait()
+            if gathered.last:
+                await self._for_each_part(gathered.add_last)
+        except BaseException:
+            result.release()
+            raise
         if work.microbatch == 0:
             self._statistics.assign(result.statistics)
         else:

@@ -142,6 +142,21 @@ def register_layer(kind: str) -> Callable[[type[L]], type[L]]:
     return register
 
 
+def modules_of(architecture: Any) -> set[str]:
+    """Return the modules, asynctrain's own aside, that register the layers named in a model's JSON.
+
+    Another process must import them before it can read that JSON.
+    """
+    modules: set[str] = set()
+    if isinstance(architecture, Mapping):
+        if (kind := architecture.get("layer")) in _KINDS:
+            modules.add(_KINDS[kind].__module__)
+        modules.update(*map(modules_of, architecture.values()))
+    elif isinstance(architecture, list | tuple):
+        modules.update(*map(modules_of, architecture))
+    return {module for module in modules if not module.startswith("asynctrain.")}
+
+
 def layer_from_json(value: JSON) -> Layer:
     """Return the layer that ``Layer.to_json`` described.
 

@@ -1,0 +1,444 @@
+"""A crew: several sessions that work as one, any of which may come, go, freeze or fail while a step is under way.
+
+The ledger decides; this module does. It knows the members, makes each attempt a task, and hands results on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, overload
+
+from asynctrain._aio import ServingGroup
+from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError, WorkerLostError
+from asynctrain.executors.base import Session, Tell, nobody
+from asynctrain.executors.fingerprint import require_same
+from asynctrain.executors.ledger import (
+    FATAL,
+    Decision,
+    Fail,
+    GiveUp,
+    Ledger,
+    Patience,
+    Send,
+    Start,
+    Statistics,
+    Stop,
+)
+from asynctrain.types import (
+    ForwardResult,
+    ForwardWork,
+    GradientResult,
+    GradientWork,
+    Params,
+    Speculated,
+    WorkerJoined,
+    WorkerLost,
+)
+
+WORKER_WAIT = 30.0  # seconds
+
+ELSEWHERE = WorkerLostError, ClosedError, StaleParametersError  # the home has failed, not the work
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """What was broadcast last."""
+
+    params: Params
+    model_state: Params
+    version: int
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """A session that takes part; ``sending`` gives it the parameters."""
+
+    address: str
+    session: Session
+    sending: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A piece of work whose result is awaited."""
+
+    work: GradientWork | ForwardWork
+    version: int
+    outcome: _Outcome
+
+
+class _Outcome(asyncio.Future[GradientResult | ForwardResult]):
+    """What a caller of ``compute`` awaits. Cancelling it stops the attempts in that very call.
+
+    A task that is cancelled passes the call on, synchronously, to what it awaits; so from the task that trains down to
+    the kernels' stop flags no turn of the loop goes by.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        super().__init__()
+        self._crew = crew
+        self.task = 0  # its number in the ledger
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        if not self.done():
+            self._crew.withdraw(self.task)
+        return super().cancel(msg)
+
+
+class Crew:
+    """Members that work as one session; itself a session, so crews nest.
+
+    Args:
+        address: of the whole, for messages.
+        worker_wait: seconds that work waits while there is no member, before it fails with ``WorkerLostError``.
+        patience: how long a result is waited for before another member computes it too.
+        tell: hears of members that come and go, and of work that is computed twice.
+
+    It is opened with ``async with``; leaving that stops everything and waits for it. Members stay their owner's to
+    close. One that owns something which can be killed has a method ``kill()``, called when it is given up.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        worker_wait: float = WORKER_WAIT,
+        patience: Patience = Patience(),  # noqa: B008 - it is frozen
+        tell: Tell = nobody,
+    ) -> None:
+        if worker_wait < 0:
+            raise ValueError(f"worker_wait must be at least 0 seconds, got {worker_wait}")
+        self._address = address
+        self._worker_wait = worker_wait
+        self._tell = tell
+        self._ledger = Ledger(worker_wait, patience)
+        self._tasks = ServingGroup()
+        self._members: dict[str, _Member] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._attempts: dict[int, asyncio.Task[None]] = {}  # those that nobody has stopped
+        self._parameters: _Parameters | None = None
+        self._fingerprint: Mapping[str, str] | None = None
+        self._lost: WorkerLost | None = None  # the last
+        self._changed = asyncio.Event()  # a member has less to do than before
+        self._timer: asyncio.TimerHandle | None = None
+        self._acting = self._again = False
+        self._closed = False
+
+    # What is so
+
+    @property
+    def slots(self) -> int:
+        """How many pieces of work all members compute at once."""
+        return self._ledger.slots
+
+    @property
+    def statistics(self) -> Statistics:
+        """What became of results and members so far."""
+        return self._ledger.statistics
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """The numeric fingerprint that all members have in common; ``WorkerLostError`` before the first has joined."""
+        if self._fingerprint is None:
+            raise WorkerLostError(self._address, "no worker has joined yet")
+        return self._fingerprint
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where its members are, the oldest first."""
+        return tuple(self._members)
+
+    # Members
+
+    def join(self, member: Session, address: str) -> None:
+        """Let ``member`` take part from now on; it gets the present parameters before its first work.
+
+        Raises:
+            FingerprintError: it would not give the bits of those before it.
+            ValueError: there is a member at ``address``.
+            ClosedError: the crew is closed.
+        """
+        self._require_open()
+        require_same(self._fingerprint or member.fingerprint, member.fingerprint)
+        self._ledger.join(address, member.slots)
+        self._fingerprint = dict(member.fingerprint)
+        self._members[address] = _Member(address, member)
+        self._tell(WorkerJoined(address, member.slots))
+        self._act()
+
+    def resize(self, address: str) -> None:
+        """Read again how many ``slots`` the member at ``address`` has, if it is there."""
+        if address in self._members:
+            self._ledger.resize(address, self._members[address].session.slots)
+            self._act()
+
+    async def leave(self, address: str) -> None:
+        """Give the member at ``address``, if it is there, no more work, and wait until it has done what it has."""
+        member = self._members.get(address)
+        self._ledger.leave(address)
+        self._act()
+        while not self._ledger.is_idle(address):
+            await self._change()
+        if member is not None and self._members.get(address) is member:
+            self._ledger.left(address)
+            self._part(member, "it left, as it was asked to", kill=False)
+            self._act()
+
+    def lose(self, address: str, reason: str) -> None:
+        """Give up the member at ``address``, if it is there: others do what it has, and what it returns is dropped."""
+        member = self._members.get(address)
+        if member is not None and not self._closed:
+            self._ledger.lose(address)
+            self._part(member, reason)
+            self._act()
+
+    # The session
+
+    async def broadcast(self, params: Params, model_state: Params, version: int) -> None:
+        """Begin to send the parameters to all members; those that are slow to take the ones before are waited for.
+
+        A member that has not taken those within the patience that results have is given up: it is more than one version
+        behind.
+        """
+        self._require_open()
+        if self._ledger.receiving:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._ledger.patience):
+                    while self._ledger.receiving:
+                        await self._change()
+        self._require_open()
+        self._parameters = _Parameters(params, model_state, version)
+        self._ledger.publish()
+        self._act()
+
+    @overload
+    async def compute(self, work: GradientWork, version: int) -> GradientResult: ...
+    @overload
+    async def compute(self, work: ForwardWork, version: int) -> ForwardResult: ...
+    async def compute(self, work: GradientWork | ForwardWork, version: int) -> GradientResult | ForwardResult:
+        """Return the result of ``work``, whichever member has it first.
+
+        Raises:
+            StaleParametersError: other parameters were broadcast last.
+            WorkerLostError: there was no member for ``worker_wait`` seconds.
+            ClosedError: the crew is closed.
+            ExecutorError: the work was the end of too many members.
+        """
+        self._require_open()
+        have = self._parameters.version if self._parameters else None
+        if have != version:
+            raise StaleParametersError(self._address, have, version)
+        outcome = _Outcome(self)
+        outcome.task = self._ledger.submit()
+        self._jobs[outcome.task] = _Job(work, version, outcome)
+        self._act()
+        try:
+            return await outcome
+        except asyncio.CancelledError:
+            if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
+                _drop(outcome.result())  # it came in the very turn in which the caller was cancelled
+            raise
+
+    def withdraw(self, task: int) -> None:
+        """Stop what is computed for ``task``; for the outcome that was cancelled."""
+        self._jobs.pop(task, None)
+        if not self._closed:
+            self._ledger.withdraw(task)
+            self._act()
+
+    # Its life
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        await self._tasks.__aexit__(kind, error, traceback)
+
+    def close(self) -> None:
+        """Stop everything at once: what is awaited fails with ``ClosedError``, and so does what is asked later."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for job in self._jobs.values():
+            if not job.outcome.done():
+                job.outcome.set_exception(self._closed_error())
+        self._jobs.clear()
+        self._parameters = None  # they may be large, and others may still refer to the session
+        for task in self._attempts.values():
+            task.cancel()
+        for member in self._members.values():
+            if member.sending is not None:
+                member.sending.cancel()
+        self._changed.set()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise self._closed_error()
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"the session on {self._address} is closed")
+
+    # What it does
+
+    def _act(self) -> None:
+        """Do what the ledger has decided, and come back at its deadline."""
+        if self._acting or self._closed:
+            self._again = True  # what is done here tells others, who may ask for more: that comes after it
+            return
+        self._acting = self._again = True
+        try:
+            while self._again:
+                self._again = False
+                for decision in self._ledger.decide(asyncio.get_running_loop().time()):
+                    self._do(decision)
+        finally:
+            self._acting = False
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have one timer for the nearest deadline; one that is too early stays, as deadlines mostly move away."""
+        deadline = self._ledger.deadline()
+        if self._timer is not None:
+            if deadline is not None and self._timer.when() <= deadline:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None and not self._closed:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._time_out)
+
+    def _time_out(self) -> None:
+        self._timer = None
+        self._act()
+
+    def _do(self, decision: Decision) -> None:
+        match decision:
+            case Send(address):
+                self._send(address)
+            case Start():
+                self._start(decision)
+            case Stop(attempt):
+                task = self._attempts.pop(attempt, None)
+                if task is not None:
+                    task.cancel()
+            case GiveUp(address, reason):
+                if address in self._members:
+                    self._part(self._members[address], reason)
+            case Fail():
+                self._fail(decision)
+
+    def _send(self, address: str) -> None:
+        member, sent = self._members.get(address), self._parameters
+        if member is not None and sent is not None:
+            member.sending = self._tasks.create_task(self._sent(member, sent), name=f"broadcast-{address}")
+
+    async def _sent(self, member: _Member, sent: _Parameters) -> None:
+        try:
+            await member.session.broadcast(sent.params, sent.model_state, sent.version)
+        except Exception as error:
+            self._lose(member, f"it did not take the parameters: {error}")
+            return
+        if self._is_here(member):
+            self._ledger.received(member.address)
+            self._changed.set()
+            self._act()
+
+    def _start(self, start: Start) -> None:
+        job, member = self._jobs.get(start.task), self._members.get(start.address)
+        if job is None or member is None:  # both were there when this was decided, in this very call
+            self._ledger.ended(start.attempt)
+            return
+        name = f"attempt-{start.attempt}-{start.address}"
+        task = self._tasks.create_task(self._attempt(start, job, member), name=name)
+        self._attempts[start.attempt] = task
+        task.add_done_callback(lambda _: self._ended(start.attempt, member))
+        if start.instead_of is not None:
+            microbatch = job.work.microbatch if isinstance(job.work, GradientWork) else None
+            self._tell(Speculated(start.address, start.instead_of, job.version, microbatch))
+
+    async def _attempt(self, start: Start, job: _Job, member: _Member) -> None:
+        try:
+            result = await member.session.compute(job.work, job.version)
+        except ELSEWHERE as error:
+            self._lose(member, error.reason if isinstance(error, ExecutorError) else str(error))
+        except Exception as error:
+            if self._counts(start):
+                job.outcome.set_exception(error)
+        else:
+            if self._counts(start):
+                job.outcome.set_result(result)
+            else:
+                _drop(result)
+
+    def _counts(self, start: Start) -> bool:
+        """Enter that an attempt has an outcome, and return whether it is the one that counts."""
+        self._attempts.pop(start.attempt, None)
+        counts = self._ledger.returned(start.attempt, asyncio.get_running_loop().time())
+        self._changed.set()
+        self._act()
+        return counts and self._jobs.pop(start.task, None) is not None
+
+    def _ended(self, attempt: int, member: _Member) -> None:
+        """Enter that the task of an attempt is over, be it that it was stopped before it began."""
+        if self._attempts.pop(attempt, None) is not None:
+            self._lose(member, "its work was cancelled there")
+        self._ledger.ended(attempt)
+        self._changed.set()
+        self._act()
+
+    def _fail(self, fail: Fail) -> None:
+        job = self._jobs.pop(fail.task, None)
+        if job is None:
+            return
+        have = self._parameters.version if self._parameters else None
+        errors: dict[str, ExecutorError] = {
+            "outdated": StaleParametersError(self._address, have, job.version),
+            "alone": WorkerLostError(self._address, f"there was no worker for {self._worker_wait:g} s{self._last()}"),
+            "fatal": ExecutorError(self._address, f"{FATAL} workers were lost at the same work{self._last()}"),
+        }
+        job.outcome.set_exception(errors[fail.trouble])
+
+    def _last(self) -> str:
+        return "" if self._lost is None else f"; the last one lost was {self._lost.address}: {self._lost.reason}"
+
+    def _lose(self, member: _Member, reason: str) -> None:
+        if self._is_here(member):
+            self.lose(member.address, reason)
+
+    def _part(self, member: _Member, reason: str, *, kill: bool = True) -> None:
+        """Let a member go that is off the ledger."""
+        del self._members[member.address]
+        if member.sending is not None:
+            member.sending.cancel()
+        killing = getattr(member.session, "kill", None)
+        if kill and killing is not None:
+            killing()
+        self._lost = WorkerLost(member.address, reason)
+        self._changed.set()
+        self._tell(self._lost)
+
+    def _is_here(self, member: _Member) -> bool:
+        return self._members.get(member.address) is member
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._members)} members, {len(self._jobs)} pieces of work"
+        return f"<Crew {self._address}, {state}>"
+
+
+def _drop(result: GradientResult | ForwardResult) -> None:
+    """Give back the arrays of a result that nobody takes."""
+    if isinstance(result, GradientResult):
+        result.release()
