@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 import asynctrain as at
-from asynctrain.cli.demo import unpack_digits
+from asynctrain.data import unpack_digits
 from benchmarks.harness import PEERS_PYTHON, Row, child, clean_environment, interleave, plot, report, spread, table
 from benchmarks.loading import UNPACKED, made, unpack
 from benchmarks.trainers import OURS, TUNED, TUTORIAL, Job

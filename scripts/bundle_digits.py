@@ -1,4 +1,4 @@
-"""Make ``asynctrain/cli/digits.npz``, the images that ``asynctrain demo`` trains on.
+"""Make ``asynctrain/data/digits.npz``, the images that ``asynctrain demo`` trains on.
 
 It needs scikit-learn, which nothing else in this repository does::
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.datasets import load_digits
 
-TARGET = Path(__file__).parent.parent / "asynctrain" / "cli" / "digits.npz"
+TARGET = Path(__file__).parent.parent / "asynctrain" / "data" / "digits.npz"
 TEST_FRACTION = 0.2
 
 

@@ -262,7 +262,7 @@ async def test_a_run_tells_metrics_in_its_evaluations_and_controllers_monitor_th
 
 
 def test_a_metric_that_is_no_number_survives_json() -> None:
-    evaluation = at.Evaluation(1.0, 0.5, 2, {"top_3": math.nan})
+    evaluation = at.EvaluationResult(1.0, 0.5, 2, {"top_3": math.nan})
     event = at.events.Evaluation(1, 1, evaluation, 0.0)
     told = json.loads(json.dumps(at.events.to_json(event), allow_nan=False))
     restored = at.events.from_json(told)

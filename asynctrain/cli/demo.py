@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from asynctrain.cli.folders import open_data
 from asynctrain.cli.output import people, suggest, to_programs
 from asynctrain.cli.recipe import Recipe
 from asynctrain.cli.train import new_run_dir, report, train
+from asynctrain.data.digits import unpack_digits
 from asynctrain.train.run_folder import MODEL
 
 DIGITS = {"epochs": 60, "batch_size": 32, "lr": 5e-3}  # by cross-validation on the training images alone
@@ -44,18 +44,6 @@ async def demo(seed: int, executor: str, run_dir: Path | None, as_json: bool) ->
     suggest("train", run_dir / "data", "--model", "linear")
     if as_json:
         to_programs(asdict(outcome))
-
-
-def unpack_digits(folder: Path) -> None:
-    """Write the bundled digits as PNG files: ``folder/train/7/0123.png``, ``folder/test/7/0124.png``. Blocks."""
-    with files("asynctrain.cli").joinpath("digits.npz").open("rb") as file, np.load(file) as bundle:
-        images, labels, test = bundle["images"], bundle["labels"], bundle["test"]
-    for part, label in ((part, label) for part in ("train", "test") for label in range(10)):
-        (folder / part / str(label)).mkdir(parents=True, exist_ok=True)
-    grey = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # 0..16 -> 0..255
-    for index, (pixels, label, tests) in enumerate(zip(grey, labels, test, strict=True)):
-        part = "test" if tests else "train"
-        Image.fromarray(pixels).save(folder / part / str(label) / f"{index:04}.png")
 
 
 def choose(images: Sequence[Path], predictions: Sequence[at.Prediction]) -> tuple[list[Path], list[at.Prediction]]:

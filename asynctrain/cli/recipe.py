@@ -39,7 +39,7 @@ class Recipe:
         checkpoint_every: steps between two checkpoints; None leaves the time to the library.
         seconds: how long it may take; None for as long as it takes.
         seed: of everything that is drawn.
-        executor: ``inline``, ``threads``, ``threads:2``.
+        executor: as ``make_executor`` takes it.
         kernels: ``numpy`` or ``numba``.
     """
 
@@ -89,13 +89,40 @@ class Recipe:
         return asdict(self) | {"folder": str(self.folder.resolve())}
 
 
-def make_executor(text: str) -> at.InlineExecutor | at.ThreadExecutor:
-    """Return the home that ``inline``, ``threads`` (one for each CPU) or ``threads:2`` stands for."""
-    kind, _, workers = text.partition(":")
-    if text == "inline":
-        return at.InlineExecutor()
-    if text == "threads":
-        return at.ThreadExecutor()
-    if kind == "threads" and workers.isdecimal() and int(workers) >= 1:
-        return at.ThreadExecutor(int(workers))
-    raise ValueError(f"executor must be inline, threads or threads:N with N at least 1, got {text!r}")
+Make = Callable[[str], at.Executor]
+"""Makes an executor of what stands behind the colon, if anything; ``ValueError`` where that is not understood."""
+
+
+def _counted(executor: Callable[[int | None], at.Executor]) -> Make:
+    """Take a number of workers; nothing stands for one for each CPU."""
+
+    def make(workers: str) -> at.Executor:
+        if workers and not (workers.isdecimal() and int(workers) >= 1):
+            raise ValueError("N must be at least 1")
+        return executor(int(workers) if workers else None)
+
+    return make
+
+
+def _inline(rest: str) -> at.Executor:
+    if rest:
+        raise ValueError("inline has no number")
+    return at.InlineExecutor()
+
+
+EXECUTORS: dict[str, tuple[str, Make]] = {  # by what stands before the colon: how it is written, and what makes it
+    "inline": ("inline", _inline),
+    "threads": ("threads[:N]", _counted(at.ThreadExecutor)),
+    "processes": ("processes[:N]", _counted(at.ProcessExecutor)),
+}
+
+
+def make_executor(text: str) -> at.Executor:
+    """Return the home that ``text`` stands for: ``inline``, ``threads`` (one for each CPU), ``processes:2``, ..."""
+    kind, colon, rest = text.partition(":")
+    try:
+        _, make = EXECUTORS[kind if rest or not colon else text]
+        return make(rest)
+    except (KeyError, ValueError) as error:
+        forms = ", ".join(form for form, _ in EXECUTORS.values())
+        raise ValueError(f"executor must be one of {forms} with N at least 1, got {text!r}") from error

@@ -15,7 +15,7 @@ from asynctrain.cli.progress import show
 from asynctrain.cli.recipe import Recipe, make_executor
 from asynctrain.errors import AsyncTrainError
 from asynctrain.train import checkpoint
-from asynctrain.train.run_folder import MODEL
+from asynctrain.train.run_folder import MODEL, RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ async def train(data: Data, recipe: Recipe, run_dir: Path, resumed: Path | None 
             seconds=recipe.seconds,
             validate=data.test,
             controllers=recipe.make_controllers(),
-            checkpoints=recipe.make_saving(),
+            saving=recipe.make_saving(),
             run_dir=run_dir,
             resume=resumed,
             config={"train": chosen.to_toml()},
@@ -95,7 +95,7 @@ async def _to_its_end(run: at.Run, run_dir: Path) -> None:
     """Show the run until it ends; a cancellation reaches it in the same call, and a second one too while it saves."""
     try:
         async with ServingGroup() as group:
-            shown = group.create_task(show(run, people), name="show-progress")
+            shown = group.create_task(show(run.events(run.first_event), people), name="show-progress")
             await run.task
             await asyncio.wait([shown])
     except (asyncio.CancelledError, AsyncTrainError, OSError):
@@ -131,6 +131,9 @@ def report(outcome: Outcome) -> None:
 
 
 def _say_where(run_dir: Path) -> None:
-    for path in checkpoint.find(run_dir)[:1]:
-        people.print(f"interrupted; the last step is in {path}, go on with:", markup=False, soft_wrap=True)
-        suggest("train", "--resume", run_dir)
+    if not RunFolder(run_dir).holds_run():
+        return
+    paths = checkpoint.find(run_dir)
+    done = f"the last step is in {paths[0]}, go on with" if paths else "no step is done yet, begin anew with"
+    people.print(f"interrupted; {done}:", markup=False, soft_wrap=True)
+    suggest("train", "--resume", run_dir)

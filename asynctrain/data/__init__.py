@@ -21,6 +21,7 @@ from asynctrain.data.statistics import StageStatistics, Statistics
 
 if TYPE_CHECKING:
     from asynctrain.data.cache import Cache, FileCache, MemoryCache
+    from asynctrain.data.digits import unpack_digits
     from asynctrain.data.manifest import ImageManifest
     from asynctrain.data.mixing import Concat, Interleave
     from asynctrain.data.remote import RemoteImages
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _LATER = {  # imported when they are first asked for: most programs use none or one of them
     "cache": ("Cache", "FileCache", "MemoryCache"),
+    "digits": ("unpack_digits",),
     "manifest": ("ImageManifest",),
     "mixing": ("Concat", "Interleave"),
     "remote": ("RemoteImages",),
@@ -81,4 +83,5 @@ __all__ = [
     "decode",
     "from_async_iterable",
     "hand_on",
+    "unpack_digits",
 ]

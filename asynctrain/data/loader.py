@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -32,10 +33,10 @@ from asynctrain.data.batching import (
     ReadChunk,
     Work,
 )
-from asynctrain.data.datasets import Dataset
+from asynctrain.data.datasets import Dataset, Subset
 from asynctrain.data.decoding import Decoding, Home, open_decoding
 from asynctrain.data.fetching import Connections, is_async
-from asynctrain.data.images import ImageSettings
+from asynctrain.data.images import ImageSettings, decoder_fingerprint
 from asynctrain.data.pipeline import Feed, Pipeline, Stream, arriving, hand_on
 from asynctrain.data.sampler import Order, Sampler
 from asynctrain.data.statistics import Statistics
@@ -127,6 +128,11 @@ class _Opening:
         """(H, W, C) of the images delivered."""
         return self.settings.shape
 
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """The decoder and the versions of what it is made of, which decide about the last bit of a pixel."""
+        return decoder_fingerprint(self.settings)
+
     @property
     def description(self) -> dict[str, Any]:
         """What decides about the batches, but for the pixels themselves, as JSON."""
@@ -136,7 +142,6 @@ class _Opening:
             "batch_size": self.batch_size,
             "image_shape": list(settings.shape),
             "resize": settings.resize,
-            "decoder": settings.decoder,
             "loader_seed": self.seed,
             "augment": None if self.augment is None else self.augment.to_json(),
             "mix": None if self.mix is None else self.mix.to_json(),
@@ -299,7 +304,18 @@ class Loader(_Opening):
         order = {name: getattr(self.order, name, None) for name in ("seed", "shuffle")}
         return super().description | {
             "samples": self._plan.samples,
-            "order": {"name": type(self.order).__name__, **order},
+            "order": {"name": type(self.order).__name__, **order, "first": self._digests["order"]},
+            "labels": self._digests["labels"],
+            "weights": self._digests["weights"],
+        }
+
+    @cached_property
+    def _digests(self) -> dict[str, str | None]:
+        """SHA-256, shortened, over the order of the first epoch, all labels, and the weights where there are any."""
+        arrays = {"order": self.order.order(0), "labels": self.dataset.labels, "weights": _weights(self.dataset)}
+        return {
+            name: None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+            for name, array in arrays.items()
         }
 
     @property
@@ -564,6 +580,15 @@ def _evaluating(loader: _Opening, dataset: Dataset, cache: Cache | None) -> Load
         executor=loader.executor,
         chunk=loader.chunk or "auto",
     )
+
+
+def _weights(dataset: Dataset) -> Array | None:
+    """Return the samples' weights, or those of a mixture's sources, where the dataset tells any."""
+    if isinstance(dataset, Subset):
+        weights = _weights(dataset.dataset)
+        return None if weights is None or len(weights) != len(dataset.dataset) else weights[dataset.indices]
+    weights = getattr(dataset, "weights", None)
+    return None if weights is None else np.asarray(weights)
 
 
 def _usual_order(dataset: Dataset, seed: int, shuffle: bool) -> Order:

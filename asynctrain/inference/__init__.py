@@ -1,6 +1,6 @@
 """Trained models in use."""
 
 from asynctrain.inference.classifier import Classifier, Prediction
-from asynctrain.inference.evaluate import Evaluation, Metric
+from asynctrain.inference.evaluate import EvaluationResult, Metric
 
-__all__ = ["Classifier", "Evaluation", "Metric", "Prediction"]
+__all__ = ["Classifier", "EvaluationResult", "Metric", "Prediction"]

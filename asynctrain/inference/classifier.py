@@ -24,7 +24,7 @@ from asynctrain.errors import CheckpointError, ReadError
 from asynctrain.executors.base import Executor
 from asynctrain.executors.blas import find_blas, one_blas_thread
 from asynctrain.executors.worker import GradientWorker, StopFlag
-from asynctrain.inference.evaluate import Evaluation, Metric, evaluate, forward
+from asynctrain.inference.evaluate import EvaluationResult, Metric, evaluate, forward
 from asynctrain.inference.gathering import Gathering
 from asynctrain.nn.kernels.activations import softmax
 from asynctrain.nn.model import Model
@@ -123,15 +123,17 @@ class Classifier:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all. Blocks while it writes; raises ``OSError``."""
+        write_whole(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Return what ``save`` writes. Takes as long as copying the weights."""
         about = {
             "format": FORMAT,
             "program": self._program.to_json(),
             "classes": self.classes,
             "images": asdict(self._settings),
         }
-        write_whole(
-            Path(path), save_tensors({**self._params, **self._model_state}, metadata={"asynctrain": json.dumps(about)})
-        )
+        return save_tensors({**self._params, **self._model_state}, metadata={"asynctrain": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Classifier:
@@ -202,7 +204,7 @@ class Classifier:
 
     async def evaluate(
         self, data: BatchStream, *, executor: Executor, microbatch: int | None = None, metrics: Sequence[Metric] = ()
-    ) -> Evaluation:
+    ) -> EvaluationResult:
         """Return loss, accuracy and ``metrics`` over one epoch of ``data``, a loader with the labels of ``classes``."""
         if data.image_shape != self.image_shape:
             raise ValueError(

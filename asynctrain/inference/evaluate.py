@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from typing import Any, Protocol
 
 import numpy as np
 
-from asynctrain._aio import unwrapped
+from asynctrain._aio import first_of_several
 from asynctrain.arena import Array
 from asynctrain.executors.base import Session
 from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, Sums, cut
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationResult:
     """How well a model does on labelled images.
 
     Attributes:
@@ -34,7 +34,7 @@ class Evaluation:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, value: JSON) -> Evaluation:
+    def from_json(cls, value: JSON) -> EvaluationResult:
         """Return the evaluation whose fields are in ``value``; null stands for NaN."""
         return cls(**{**_numbers(value), "metrics": _numbers(value.get("metrics", {}))})
 
@@ -63,10 +63,22 @@ class Metric(Protocol):
         ...
 
 
+async def _go_on() -> None:
+    pass
+
+
 async def evaluate(
-    session: Session, version: int, stream: BatchStream, microbatch: int | None, metrics: Sequence[Metric] = ()
-) -> Evaluation:
-    """Evaluate the parameters of ``version`` over one epoch of ``stream``, each batch ``cut`` as in training."""
+    session: Session,
+    version: int,
+    stream: BatchStream,
+    microbatch: int | None,
+    metrics: Sequence[Metric] = (),
+    between: Callable[[], Awaitable[None]] = _go_on,
+) -> EvaluationResult:
+    """Evaluate the parameters of ``version`` over one epoch of ``stream``, each batch ``cut`` as in training.
+
+    After each batch it awaits ``between()``, which may take as long as it likes.
+    """
     sums = Sums()
     gathered = [metric.begin() for metric in metrics]
     async with stream.open() as batches:
@@ -76,15 +88,16 @@ async def evaluate(
             if metrics:
                 outputs = np.concatenate([result.outputs for result in results])
                 gathered = [metric.add(own, outputs, batch) for metric, own in zip(metrics, gathered, strict=True)]
+            await between()
     found: dict[str, Any] = {}
     for metric, own in zip(metrics, gathered, strict=True):
         found |= metric.result(own)
-    return Evaluation(sums.mean_loss, sums.accuracy, sums.samples, found)
+    return EvaluationResult(sums.mean_loss, sums.accuracy, sums.samples, found)
 
 
 async def forward(session: Session, version: int, works: Sequence[ForwardWork]) -> list[ForwardResult]:
     """Compute works side by side; the results are in their order."""
-    with unwrapped():
+    with first_of_several():
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(session.compute(work, version), name=f"forward-{i}") for i, work in enumerate(works)

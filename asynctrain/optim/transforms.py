@@ -84,6 +84,8 @@ class Transform(NamedTuple):
         return f"{self.name or 'Transform'}({', '.join(f'{name}={value!r}' for name, value in given)})"
 
 
+FADING = 64  # steps between two looks for running means that have faded away
+
 Optimizer = Transform  # a whole one, whose updates are ready to be added
 
 _BY_NAME: dict[str, Callable[..., Transform]] = {}
@@ -317,7 +319,7 @@ def trace(momentum: float, nesterov: bool = False) -> Transform:
         return {"trace": zeros(params)}
 
     def update(updates: Params, state: State, params: Params, step: int) -> tuple[Params, State]:
-        traces = {name: _plus(momentum * state["trace"][name], g) for name, g in updates.items()}
+        traces = {name: _mean(_plus(momentum * state["trace"][name], g), step) for name, g in updates.items()}
         if nesterov:
             updates = {name: g + momentum * traces[name] for name, g in updates.items()}
             return updates, {"trace": traces}
@@ -348,8 +350,8 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, nestero
         return {"mu": zeros(params), "nu": zeros(params)}
 
     def update(updates: Params, state: State, params: Params, step: int) -> tuple[Params, State]:
-        mu = {name: _plus(b1 * state["mu"][name], (1 - b1) * g) for name, g in updates.items()}
-        nu = {name: _plus(b2 * state["nu"][name], _times(g * g, 1 - b2)) for name, g in updates.items()}
+        mu = {name: _mean(_plus(b1 * state["mu"][name], (1 - b1) * g), step) for name, g in updates.items()}
+        nu = {name: _mean(_plus(b2 * state["nu"][name], _times(g * g, 1 - b2)), step) for name, g in updates.items()}
         mu_part, nu_part, next_mu_part = 1 - b1 ** (step + 1), 1 - b2 ** (step + 1), 1 - b1 ** (step + 2)
         directions = {}
         for name, g in updates.items():
@@ -380,10 +382,11 @@ def scale_by_rms(decay: float = 0.9, eps: float = 1e-8, centered: bool = False) 
         return {slot: zeros(params) for slot in slots}
 
     def update(updates: Params, state: State, params: Params, step: int) -> tuple[Params, State]:
-        nu = {name: _plus(decay * state["nu"][name], _times(g * g, 1 - decay)) for name, g in updates.items()}
+        squares = {name: _plus(decay * state["nu"][name], _times(g * g, 1 - decay)) for name, g in updates.items()}
+        nu = {name: _mean(square, step) for name, square in squares.items()}
         if not centered:
             return {name: g / _plus(np.sqrt(nu[name]), eps) for name, g in updates.items()}, {"nu": nu}
-        mu = {name: _plus(decay * state["mu"][name], (1 - decay) * g) for name, g in updates.items()}
+        mu = {name: _mean(_plus(decay * state["mu"][name], (1 - decay) * g), step) for name, g in updates.items()}
         variance = {name: np.maximum(nu[name] - mu[name] * mu[name], 0) for name in updates}
         return {name: g / _plus(np.sqrt(variance[name]), eps) for name, g in updates.items()}, {"nu": nu, "mu": mu}
 
@@ -415,6 +418,21 @@ def scale_by_adagrad(initial: float = 0.0, eps: float = 1e-10) -> Transform:
 
 # Two steps of arithmetic in the memory of a temporary, which each formula is full of: fresh memory costs as much as
 # the arithmetic. The first argument must be such a temporary.
+
+
+def _mean(values: Array, step: int) -> Array:
+    """Return running means, those that have all but faded away as 0.
+
+    Where a gradient stays 0, that of a dead unit say, its mean would fade into the subnormal numbers and, rounded up
+    again and again, stay there. CPUs compute with these many times more slowly, and numpy cannot ask them to take such
+    for 0. What is below the smallest normal number over the machine epsilon (1e-31 in float32) is no part of any
+    parameter; to look for it each 64th step costs next to nothing, and depends on the step alone.
+    """
+    if step % FADING != FADING - 1:
+        return values
+    limits = np.finfo(values.dtype)
+    lasting: Array = np.abs(values) >= limits.tiny / limits.eps
+    return np.multiply(values, lasting)
 
 
 def _plus(temporary: Array, addend: Array | float) -> Array:

@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_tensors
 from asynctrain._files import write_whole
 from asynctrain.arena import Arena, Array, Layout, digest
 from asynctrain.errors import CheckpointError, FingerprintError
-from asynctrain.executors.fingerprint import require_same
+from asynctrain.executors import fingerprint
 from asynctrain.nn.model import Model
 from asynctrain.train.events import EpochEnd, Evaluation, from_json, to_json
 from asynctrain.train.state import Kept, TrainState
@@ -38,8 +38,10 @@ class Checkpoint:
         optimizer: as JSON.
         microbatch: the largest number of samples in one piece of work; None for the default of ``cut``.
         data: what the loader says of itself.
-        fingerprint: of the machine that computed.
+        fingerprint: of the machine that computed, and of what decoded the images.
         version: of asynctrain.
+        beside: what may be another when the run goes on, though it will not be the same run then: the validation data,
+            the controllers, the metrics, as far as they can be told.
     """
 
     state: TrainState
@@ -48,6 +50,7 @@ class Checkpoint:
     data: JSON
     fingerprint: Mapping[str, str]
     version: str
+    beside: JSON
 
     def require(self, path: Path, other: Checkpoint, bits: str) -> None:
         """Raise unless a run described by ``other`` would go on from here with the same bits.
@@ -59,18 +62,36 @@ class Checkpoint:
         mine = {**self.state.program.to_json(), **_told(self)}
         theirs = {**other.state.program.to_json(), **_told(other)}
         for name in mine:
-            difference = _first_difference(name, _plain(mine[name]), _plain(theirs[name]))
-            if difference is not None:
-                where, there, here = difference
-                raise CheckpointError(path, f"{where} is {_short(there)} there and {_short(here)} here")
+            require_same(path, name, mine[name], theirs[name])
         if bits != "close":
             try:
-                require_same(other.fingerprint, self.fingerprint)
+                fingerprint.require_same(other.fingerprint, self.fingerprint)
             except FingerprintError as error:
                 error.add_note(
                     f'the checkpoint is {path}; bits="close" goes on all the same, with nearly the same bits'
                 )
                 raise
+
+    def differences(self, other: Checkpoint) -> tuple[str, ...]:
+        """Return, a sentence each, what is another in ``other`` that does not keep the run from going on."""
+        names = [*self.beside, *(other.beside.keys() - self.beside.keys())]
+        told = (told_difference(name, self.beside.get(name), other.beside.get(name)) for name in names)
+        return tuple(difference for difference in told if difference is not None)
+
+
+def require_same(path: Path, name: str, there: Any, here: Any) -> None:
+    """Raise ``CheckpointError`` naming the first difference between two JSON values of a ``name``, if there is one."""
+    if (difference := told_difference(name, there, here)) is not None:
+        raise CheckpointError(path, difference)
+
+
+def told_difference(name: str, there: Any, here: Any) -> str | None:
+    """Return where two JSON values of a ``name`` differ first, as a sentence: what it is there, and what here."""
+    difference = _first_difference(name, _plain(there), _plain(here))
+    if difference is None:
+        return None
+    where, theirs, ours = difference
+    return f"{where} is {_short(theirs)} there and {_short(ours)} here"
 
 
 def save(path: Path, checkpoint: Checkpoint, stopped: Stopped = lambda: False) -> None:
@@ -147,6 +168,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "microbatch": checkpoint.microbatch,
         "data": checkpoint.data,
         "fingerprint": dict(checkpoint.fingerprint),
+        "beside": checkpoint.beside,
         "step": state.step,
         "attempt": state.attempt,
         "samples": state.samples,
@@ -195,7 +217,13 @@ def _restored(about: dict[str, Any], arrays: dict[str, Array]) -> Checkpoint:
     if arrays:
         raise ValueError(f"it holds more than the model wants: {', '.join(sorted(arrays)[:4])}")
     return Checkpoint(
-        state, about["optimizer"], about["microbatch"], about["data"], about["fingerprint"], about["version"]
+        state,
+        about["optimizer"],
+        about["microbatch"],
+        about["data"],
+        about["fingerprint"],
+        about["version"],
+        about["beside"],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -41,6 +42,11 @@ class Limits:
         if deadline is not None and monotonic() >= deadline:
             return f"{self.seconds:g} seconds are over"
         return ""
+
+
+def lasting_repr(value: object) -> str:
+    """Return what ``value`` says of itself, without an address, which means something to one process alone."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class Requests:

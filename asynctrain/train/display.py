@@ -76,6 +76,8 @@ class Display:
                 self._view.say(f"paused after step {event.step:,}")
             case Resumed():
                 self._view.say(f"going on after step {event.step:,}")
+                for difference in event.differences:
+                    self._view.say(f"not as it was: {difference}")
             case RunEnd():
                 self._view.stop()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from asynctrain import types
 from asynctrain.inference import evaluate
 from asynctrain.types import JSON
 
@@ -68,7 +69,7 @@ class EpochEnd(_Event):
     accuracy: float
     samples: int
     seconds: float = field(compare=False)
-    validation: evaluate.Evaluation | None
+    validation: evaluate.EvaluationResult | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Evaluation(_Event):
 
     epoch: int
     step: int
-    result: evaluate.Evaluation
+    result: evaluate.EvaluationResult
     seconds: float = field(compare=False)
 
 
@@ -101,11 +102,33 @@ class SampleSkipped(_Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerJoined(_Event):
+    """A worker at ``address`` computes from now on; it does ``slots`` microbatches at once."""
+
+    address: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost(_Event):
     """A worker at ``address`` is gone; its work is computed elsewhere, with the same bits."""
 
     address: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speculated(_Event):
+    """A worker at ``address`` computes too what ``instead_of`` has not returned in time; the first result counts.
+
+    step: the one that the work is for. microbatch: which one of it, from 0; None where it is part of the evaluation
+    after that step.
+    """
+
+    address: str
+    instead_of: str
+    step: int
+    microbatch: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +140,14 @@ class Paused(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Resumed(_Event):
-    """The run goes on after ``step``: a pause is over, or, where ``attempt`` is a new one, it was started again."""
+    """The run goes on after ``step``: a pause is over, or, where ``attempt`` is a new one, it was started again.
+
+    differences: what is not as it was then, a sentence each: the validation data, the controllers, the metrics.
+    """
 
     step: int
     attempt: int = field(default=1, compare=False)
+    differences: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +176,9 @@ Event = (
     | Evaluation
     | CheckpointSaved
     | SampleSkipped
+    | WorkerJoined
     | WorkerLost
+    | Speculated
     | Paused
     | Resumed
     | RunEnd
@@ -159,9 +188,22 @@ Event = (
 _BY_NAME: Mapping[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
+def of_worker(notice: types.Notice) -> WorkerJoined | WorkerLost | Speculated:
+    """Return the event that tells what a home has told of its workers."""
+    match notice:
+        case types.WorkerJoined():
+            return WorkerJoined(notice.address, notice.slots)
+        case types.WorkerLost():
+            return WorkerLost(notice.address, notice.reason)
+        case types.Speculated(microbatch=None):  # averaged weights have the version -1 - step
+            step = notice.step if notice.step >= 0 else -1 - notice.step
+            return Speculated(notice.address, notice.instead_of, step, None)
+    return Speculated(notice.address, notice.instead_of, notice.step + 1, notice.microbatch)
+
+
 def to_json(event: Event) -> dict[str, Any]:
     """Return ``{"event": "StepEnd", "number": ..., ...}``; what is not finite becomes null, which is valid JSON."""
-    return {"event": type(event).__name__, **_finite(asdict(event))}
+    return {"event": type(event).__name__, **finite(asdict(event))}
 
 
 def from_json(value: JSON) -> Event:
@@ -179,16 +221,19 @@ def from_json(value: JSON) -> Event:
             arguments[known.name] = math.nan
     for name in ("validation", "result"):
         if arguments.get(name) is not None:
-            arguments[name] = evaluate.Evaluation.from_json(arguments[name])
+            arguments[name] = evaluate.EvaluationResult.from_json(arguments[name])
+    if "differences" in arguments:
+        arguments["differences"] = tuple(arguments["differences"])
     event: Event = kind(**arguments)
     return event
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return the JSON value with null in the place of each number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

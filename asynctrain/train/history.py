@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,8 @@ class History:
     Attributes:
         state: the last state, in read-only arrays of its own.
         events: the ends of epochs and the evaluations, those of earlier attempts included.
-        reason: ``finished`` or ``stopped``; of one that is loaded also ``cancelled`` or ``failed``, and None where no
-            end is told: the run is under way, or was killed.
+        reason: ``finished`` or ``stopped``; of one that is loaded, or ``trainer.history``, also ``cancelled`` or
+            ``failed``, and None where no end is told: the run is under way, or was killed.
         samples: how many samples were trained on, earlier attempts included.
         seconds: how long this attempt took.
         samples_per_second: of this attempt, validation included.
@@ -132,16 +133,18 @@ class History:
             raise ValueError(f"no evaluation of this run has the metric {metric!r}")
         return found
 
-    def _repr_html_(self) -> str:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Mapping[str, str]:
+        """Show itself in a notebook: the last epochs as a table, their curves as a plot where matplotlib is there."""
         from asynctrain.train.report import table
 
-        return f"<p>{repr(self)[1:-1]}</p>{table(self.epochs[-SHOWN:])}{self._curves()}"
+        shown = f"<p>{html.escape(repr(self)[1:-1])}</p>{table(self.epochs[-SHOWN:])}{self._curves()}"
+        return {"text/plain": repr(self), "text/html": shown}
 
     def _curves(self) -> str:
         try:
             from asynctrain.train import plots
         except ModuleNotFoundError:
-            return ""  # without matplotlib a notebook shows the table alone
+            return ""  # then a notebook shows the table alone
         return plots.to_svg(plots.curves(self.epochs, self.evaluations)) if self.epochs else ""
 
     def __repr__(self) -> str:

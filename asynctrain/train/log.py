@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from asynctrain.errors import CheckpointError
 from asynctrain.train.events import Event, Missed, from_json, to_json
 
 E = TypeVar("E", bound=Event)
@@ -108,6 +109,14 @@ class EventLog:
         self._news = asyncio.Event()
 
 
+def parsed(path: Path, number: int, line: bytes | str) -> Event:
+    """Return the event on a line of the file ``path``; ``number`` counts from 1. Raises ``CheckpointError``."""
+    try:
+        return from_json(json.loads(line))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(path, f"line {number} is no event that asynctrain wrote: {error}") from error
+
+
 class EventFile:
     """Events as lines of JSON; a last line that a crash has torn is cut off when the file is opened again."""
 
@@ -115,7 +124,11 @@ class EventFile:
         self.path = path
 
     def read(self) -> list[Event]:
-        """Return the events of all whole lines, and cut off what is behind them. Blocks."""
+        """Return the events of all whole lines, and cut off what is behind them. Blocks.
+
+        Raises:
+            CheckpointError: a line is none that asynctrain wrote; the message names it.
+        """
         if not self.path.exists():
             return []
         content = self.path.read_bytes()
@@ -123,7 +136,8 @@ class EventFile:
         if whole < len(content):
             with self.path.open("r+b") as file:
                 file.truncate(whole)
-        return [from_json(json.loads(line)) for line in content[:whole].splitlines()]
+        lines = content[:whole].split(b"\n")[:-1]
+        return [parsed(self.path, number, line) for number, line in enumerate(lines, 1)]
 
     def append(self, events: list[Event]) -> None:
         """Append events. Blocks; raises ``OSError``."""

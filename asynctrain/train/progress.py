@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
+
+from asynctrain.train.events import finite
+from asynctrain.types import JSON
 
 BEAT = 0.05  # seconds between two looks at how late the loop is
 MEMORY = 0.05  # share of each look in the running maximum's decay
@@ -25,6 +28,7 @@ class Progress:
         eta: seconds that are left; None where ``steps`` is.
         loop_lag: how late the event loop came lately, in seconds: a slowly forgotten maximum.
         paused: whether the run waits for ``resume()``.
+        bottleneck: the stage of the loader that the training waits for; None where it keeps up, or does not tell.
     """
 
     epoch: int
@@ -36,6 +40,12 @@ class Progress:
     eta: float | None = None
     loop_lag: float = 0.0
     paused: bool = False
+    bottleneck: str | None = None
+
+    def to_json(self) -> JSON:
+        """Return its fields as JSON values; what is not finite is null."""
+        told: JSON = finite(asdict(self))
+        return told
 
 
 class Heartbeat:

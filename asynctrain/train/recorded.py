@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from asynctrain.train.events import (
     RunStart,
     SampleSkipped,
     StepEnd,
-    from_json,
 )
+from asynctrain.train.log import parsed
 from asynctrain.train.run_folder import CONFIG, EVENTS
 
 
@@ -43,7 +42,7 @@ class RecordedRun:
 
         Raises:
             FileNotFoundError: it holds no run.
-            ValueError: its events are not those of this version.
+            CheckpointError: its events are not those of this version, or torn.
         """
         config = run_dir / CONFIG
         if not config.is_file():
@@ -127,7 +126,7 @@ def _lines(file: Path) -> Iterator[Event]:
     """Yield the events of all whole lines; the last may be half-written at this moment."""
     if not file.exists():
         return
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield from_json(json.loads(line))
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                yield parsed(file, number, line)

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from asynctrain._files import write_whole
-from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, WorkerLost
+from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, WorkerJoined, WorkerLost
 from asynctrain.train.history import best_of, last_metric, row_of
 from asynctrain.train.recorded import RecordedRun
 from asynctrain.train.tiles import class_name, only_mistakes, tile
@@ -194,6 +194,8 @@ def _told(event: Event) -> str:
             return f"went on after step {event.step:,}, attempt {event.attempt}"
         case Paused():
             return f"paused after step {event.step:,}"
+        case WorkerJoined():
+            return f"the worker {event.address} has joined"
         case WorkerLost():
             return f"lost the worker {event.address}: {event.reason}"
         case RunEnd():

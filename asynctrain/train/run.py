@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import re
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from asynctrain._aio import ServingGroup, thread_pool
-from asynctrain.errors import ClosedError
+from asynctrain._aio import ServingGroup, first_of_several, thread_pool
+from asynctrain.errors import ClosedError, ExecutorError
 from asynctrain.executors.base import Executor, Session
 from asynctrain.inference import evaluate
 from asynctrain.inference.classifier import Classifier
 from asynctrain.nn.model import Model
 from asynctrain.optim.transforms import Optimizer
 from asynctrain.train.checkpoint import Checkpoint
-from asynctrain.train.control import Limits, Requests
+from asynctrain.train.control import Limits, Requests, lasting_repr
 from asynctrain.train.controllers import Controller, Decision
 from asynctrain.train.events import (
-    CheckpointSaved,
     EpochEnd,
     Evaluation,
     Event,
@@ -35,15 +34,17 @@ from asynctrain.train.events import (
     RunStart,
     SampleSkipped,
     StepEnd,
+    of_worker,
 )
-from asynctrain.train.history import History
+from asynctrain.train.history import SHOWN, History
 from asynctrain.train.log import EventLog
+from asynctrain.train.notebook import REDRAWN, Curve, Outputs, html_of
 from asynctrain.train.progress import Heartbeat, Progress
 from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.saving import Saver, Saving
 from asynctrain.train.state import Kept, TrainState
 from asynctrain.train.step import TrainStep
-from asynctrain.types import Batch, BatchIterator, BatchStream, Sums
+from asynctrain.types import Batch, BatchIterator, BatchStream, Notice, Sums
 
 Callback = Callable[[Event], Awaitable[None] | None]
 
@@ -77,16 +78,25 @@ class Run:
     """
 
     task: asyncio.Task[None]  # the one that trains
+    first_event: int  # the number of the first event of this attempt, from which on all is new
 
-    def __init__(self, job: Job, state: TrainState, earlier: Sequence[Event] = ()) -> None:
+    def __init__(
+        self, job: Job, state: TrainState, earlier: Sequence[Event] = (), differences: Sequence[str] = ()
+    ) -> None:
         self._job = job
+        self._differences = tuple(differences)
         self._state = state
         self._step: TrainStep | None = None
+        self._batches: BatchIterator | None = None
         self._log = EventLog(job.folder.events if job.folder else None, earlier)
         self._requests = Requests()
         self._saver: Saver | None = None
-        self._saved: list[CheckpointSaved] = []  # of which the callbacks have not heard
+        self._unheard: list[Event] = []  # told amid a step; the callbacks hear of it after that
+        self._noticed: list[Notice] = []  # before the run's first event
         self._heartbeat = Heartbeat()
+        self._losses = Curve()
+        self._outputs = Outputs()
+        self.first_event = earlier[-1].number + 1 if earlier else 0
         self._first_step = state.step
         self._epoch = state.cursor.epoch - _is_epoch_over(state)
         self._resumed = bool(earlier) or state.step > 0
@@ -129,7 +139,12 @@ class Run:
             eta=None if steps is None or not rate else (steps - self._state.step) * per_step / rate,
             loop_lag=self._heartbeat.lag,
             paused=self._paused,
+            bottleneck=self._bottleneck(),
         )
+
+    def _bottleneck(self) -> str | None:
+        statistics = getattr(self._batches, "statistics", None)  # a loader of the user's own may have none
+        return None if statistics is None else statistics().bottleneck
 
     def snapshot(self) -> Classifier:
         """Return a classifier with the weights after the last step: never half-updated, not copied, good for ever."""
@@ -214,8 +229,15 @@ class Run:
         self.raise_error()
         if self._reason == "cancelled":
             raise asyncio.CancelledError
-        state, seconds = self._result(), self._seconds
-        return History(state, state.history, self._reason, state.samples, seconds, self._samples / seconds)
+        return self.so_far()
+
+    def so_far(self) -> History:
+        """Return the history up to the last step: of a run under way, and of one that was cancelled or has failed."""
+        ended = self._ended.is_set()
+        state = self._result()
+        seconds = self._seconds if ended else time.perf_counter() - self._started
+        reason = self._reason if ended else None
+        return History(state, state.history, reason, state.samples, seconds, self._samples / max(1e-9, seconds))
 
     def raise_error(self) -> None:
         """Raise what the run failed of, if it did."""
@@ -236,6 +258,7 @@ class Run:
             serving = await stack.enter_async_context(ServingGroup())
             serving.create_task(self._log.write(threads), name="write-events")
             serving.create_task(self._heartbeat.beat(), name="heartbeat")
+            serving.create_task(self._show(), name="show")
             if self._job.folder is not None:
                 self._saver = Saver(
                     self._job.saving,
@@ -244,7 +267,7 @@ class Run:
                     self._job.describe,
                     serving,
                     threads,
-                    self._tell_saved,
+                    self._tell_amid_step,
                 )
             try:
                 self._reason = await self._train()
@@ -257,17 +280,21 @@ class Run:
         job, state = self._job, self._state
         async with (
             thread_pool(None, "update") as threads,
-            job.executor.open(state.program) as session,
+            job.executor.open(state.program, self._notice) as session,
             job.loader.open(state.cursor, epochs=job.limits.epochs or 2**62) as batches,
         ):
+            self._batches = batches
             step = TrainStep(job.model, session, job.optimizer, job.microbatch, threads)
             self._state = await step.begin(self._begun(state))
             self._step = step
             self._started = self._epoch_started = time.perf_counter()
             deadline = None if job.limits.seconds is None else time.monotonic() + job.limits.seconds
             await self._tell(self._start_event())
+            self._tell_noticed()
             if self._resumed:
-                await self._tell(Resumed(state.step, self._state.attempt))
+                await self._tell(Resumed(state.step, self._state.attempt, self._differences))
+                for difference in self._differences:
+                    logging.getLogger("asynctrain").warning("this run goes on, though not as it was: %s", difference)
             await self._settle(session)
             while not self._is_over(deadline) and (batch := await anext(batches, None)) is not None:
                 await self._apply(session, step, batch, batches)
@@ -286,7 +313,7 @@ class Run:
 
     def _begun(self, state: TrainState) -> TrainState:
         controllers = {controller.name: controller.begin() for controller in self._job.controllers}
-        if state.stopper not in map(_told, self._job.controllers):
+        if state.stopper not in map(lasting_repr, self._job.controllers):
             state = replace(state, stopped_by="", stopper="", restore="")
         return replace(
             state,
@@ -301,10 +328,12 @@ class Run:
             await self._end_epoch(session)
             self._epoch = batch.epoch
         await self._tell_skipped(batches)
-        state, sums = await step(self._state, batch)
+        with first_of_several():
+            state, sums = await step(self._state, batch)
         self._state = replace(state, sums=state.sums + sums, samples=state.samples + sums.samples)
         self._samples += sums.samples
         self._last = sums
+        self._losses.add(state.step, sums.mean_loss)
         await self._tell(
             StepEnd(
                 self._epoch + 1, state.step, sums.mean_loss, sums.accuracy, sums.samples, self._rate(), state.attempt
@@ -320,7 +349,7 @@ class Run:
         if _is_epoch_over(self._state):
             await self._end_epoch(session)
 
-    def _evaluated_here(self) -> evaluate.Evaluation | None:
+    def _evaluated_here(self) -> evaluate.EvaluationResult | None:
         """Return what the evaluation after the last step has found, if there was one."""
         last = self._last_evaluation()
         return last.result if last is not None and last.step == self._state.step else None
@@ -332,8 +361,21 @@ class Run:
         """Do what was asked meanwhile; the moment between two steps."""
         if self._log.error is not None:
             raise self._log.error
-        await self._save_if_asked()
-        await self._attend_saved()
+        if self._saver is not None:
+            await self._saver.keep_pace()
+            self._saver.raise_error()
+            self._save_if_asked()
+            if self._saver.is_due(self._state):
+                self._save()
+        await self._attend_unheard()
+        await self._listen_amid_step()
+
+    async def _listen_amid_step(self) -> None:
+        """Save and pause where that was asked; the moment between two batches of an evaluation too.
+
+        The state is that after the last step, to which the evaluation belongs: resumed from there it is done again.
+        """
+        self._save_if_asked()
         if not self._requests.holds():
             return
         started = time.perf_counter()
@@ -342,19 +384,20 @@ class Run:
         self._requests.tell_paused()
         while self._requests.holds():
             self._requests.news.clear()
-            await self._save_if_asked()
+            self._save_if_asked()
             await self._requests.news.wait()
         self._paused = False
-        self._waited += time.perf_counter() - started
+        waited = time.perf_counter() - started
+        self._waited += waited
+        self._epoch_started += waited
         await self._tell(Resumed(self._state.step, self._state.attempt))
 
-    async def _save_if_asked(self) -> None:
-        if self._saver is None or self._step is None:
-            return
-        await self._saver.keep_pace()
-        self._saver.raise_error()
-        waiting = self._requests.take_checkpoints()
-        if waiting or self._saver.is_due(self._state):
+    def _save_if_asked(self) -> None:
+        if waiting := self._requests.take_checkpoints():
+            self._save(waiting)
+
+    def _save(self, waiting: Sequence[asyncio.Future[Path]] = ()) -> None:
+        if self._saver is not None and self._step is not None:
             self._saver.begin(self._step.hand_out(self._state), waiting)
 
     async def _end_epoch(self, session: Session) -> None:
@@ -388,10 +431,13 @@ class Run:
         version = -1 - state.step if averaged else state.step  # the weights that are trained have the others
         if averaged:
             await session.broadcast(state.averaged().params, state.model_state, version)
-        result = await evaluate.evaluate(session, version, job.validation, job.microbatch, job.metrics)
+        waited = self._waited
+        result = await evaluate.evaluate(
+            session, version, job.validation, job.microbatch, job.metrics, self._listen_amid_step
+        )
         if averaged:
             await session.broadcast(state.params, state.model_state, state.step)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - (self._waited - waited)
         await self._remember(Evaluation(self._epoch + 1, state.step, result, seconds))
 
     async def _remember(self, event: EpochEnd | Evaluation) -> None:
@@ -410,13 +456,23 @@ class Run:
             self._obey(controller, decision)
         await self._call_back(event)
 
-    def _tell_saved(self, event: CheckpointSaved) -> None:
-        self._saved.append(self._log.publish(event))
+    def _tell_amid_step(self, event: Event) -> None:
+        self._unheard.append(self._log.publish(event))
 
-    async def _attend_saved(self) -> None:
-        """Let callbacks hear of checkpoints, between two steps; controllers must not, as the moment is a chance."""
-        while self._saved:
-            await self._call_back(self._saved.pop(0))
+    def _notice(self, notice: Notice) -> None:
+        """Hear of a worker, at any time from the opening of the session on."""
+        self._noticed.append(notice)
+        if self._step is not None:
+            self._tell_noticed()
+
+    def _tell_noticed(self) -> None:
+        while self._noticed:
+            self._tell_amid_step(of_worker(self._noticed.pop(0)))
+
+    async def _attend_unheard(self) -> None:
+        """Let callbacks hear of checkpoints and workers; controllers must not, as the moment is a chance."""
+        while self._unheard:
+            await self._call_back(self._unheard.pop(0))
 
     async def _call_back(self, event: Event) -> None:
         for callback in self._job.callbacks:
@@ -435,7 +491,7 @@ class Run:
             self._state = state = replace(state, kept={**state.kept, name: kept})
         if decision.stop and not state.stopped_by:
             restore = name if decision.restore_best and name in state.kept else ""
-            self._state = replace(state, stopped_by=decision.stop, stopper=_told(controller), restore=restore)
+            self._state = replace(state, stopped_by=decision.stop, stopper=lasting_repr(controller), restore=restore)
 
     async def _tell_skipped(self, batches: BatchIterator) -> None:
         """Tell the samples that were left out and belong to the epoch, or one before it."""
@@ -449,6 +505,8 @@ class Run:
         try:
             if self._saver is not None and self._state.step:
                 await self._saver.finish(self.state)
+                if isinstance(self._error, ExecutorError):
+                    self._error.add_note(f"the last checkpoint is {self._saver.path_of(self._state)}")
             if self._job.folder is not None and self._state.step:
                 save = partial(self._classifier(self._result()).save, self._job.folder.model)
                 await asyncio.get_running_loop().run_in_executor(threads, save)
@@ -471,7 +529,7 @@ class Run:
 
     async def _tell_end(self, end: RunEnd) -> None:
         try:
-            await self._attend_saved()
+            await self._attend_unheard()
             await self._tell(end)
         except Exception as error:  # a callback's
             self._error = self._error or error
@@ -485,6 +543,7 @@ class Run:
         for future in self._requests.take_checkpoints():
             future.set_exception(ClosedError("the run has ended, and its last state is saved already"))
         self._ended.set()
+        self._redraw()
 
     def _rate(self) -> float:
         return self._samples / max(1e-9, time.perf_counter() - self._started - self._waited)
@@ -495,7 +554,7 @@ class Run:
         ends = [job.limits.steps] if job.limits.steps is not None else []
         if job.limits.epochs is not None and per_epoch is not None:
             ends.append(job.limits.epochs * per_epoch)
-        return min(ends) if ends else None
+        return max(min(ends), self._first_step) if ends else None
 
     def _start_event(self) -> RunStart:
         job = self._job
@@ -508,6 +567,28 @@ class Run:
             parameters=sum(array.size for array in self._state.params.values()),
         )
 
+    async def _show(self) -> None:
+        """Let the outputs of a notebook keep up; the body of a task."""
+        while True:
+            await asyncio.sleep(REDRAWN)
+            self._redraw()
+
+    def _redraw(self) -> None:
+        if self._outputs:
+            self._outputs.update(self._repr_mimebundle_())
+
+    def _ipython_display_(self) -> None:
+        self._outputs.add(self._repr_mimebundle_())
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Mapping[str, str]:
+        """Show itself in a notebook: how far it is, the losses as a curve, the last epochs as a table."""
+        told = self._state.history
+        epochs = [event for event in told if isinstance(event, EpochEnd)]
+        evaluations = [event for event in told if isinstance(event, Evaluation)]
+        progress = None if self._ended.is_set() else self.progress
+        shown = html_of(repr(self)[1:-1], epochs[-SHOWN:], evaluations, self._losses.points, progress)
+        return {"text/plain": repr(self), "text/html": shown}
+
     def __repr__(self) -> str:
         told = self._reason if self._ended.is_set() else "paused" if self._paused else "running"
         epochs = "" if self._job.limits.epochs is None else f" of {self._job.limits.epochs}"
@@ -517,8 +598,3 @@ class Run:
 def _is_epoch_over(state: TrainState) -> bool:
     """Return whether the epoch before the cursor's is done and its end not yet told."""
     return state.cursor.position == 0 and state.sums.samples > 0
-
-
-def _told(controller: Controller) -> str:
-    """Return what a controller says of itself, without the address that only one process knows."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(controller))

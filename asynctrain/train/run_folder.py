@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -16,6 +17,8 @@ from asynctrain.train.checkpoint import Checkpoint
 from asynctrain.train.log import EventFile
 
 CONFIG, EVENTS, MODEL = "config.toml", "history.jsonl", "model.safetensors"
+DESCRIBED = ("program", "optimizer", "data")  # the sections of a configuration that decide about the bits, and
+MICROBATCH = "microbatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,19 @@ class RunFolder:
         (self.path / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
         write_whole(self.path / CONFIG, tomli_w.dumps(_without_none(config)).encode())
 
+    def require(self, config: Mapping[str, Any]) -> None:
+        """Raise ``CheckpointError``, naming the first difference, unless the run was begun as ``config`` describes."""
+        file = self.path / CONFIG
+        try:
+            there = tomllib.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(file, f"this is no TOML file: {error}") from error
+        here = _without_none(config)
+        for section in DESCRIBED:
+            checkpoint.require_same(file, section, there.get(section), here[section])
+        of_run, own = there.get("run", {}), here["run"]
+        checkpoint.require_same(file, MICROBATCH, of_run.get(MICROBATCH), own.get(MICROBATCH))
+
     def latest(self) -> tuple[Path, Checkpoint] | None:
         """Return the latest checkpoint; remove what a crash has left half-written.
 
@@ -69,23 +85,32 @@ class RunFolder:
                 old.unlink()
 
 
-def open_run(path: Path) -> tuple[RunFolder | None, Path, Checkpoint]:
-    """Return the folder, the file and the content of the checkpoint that ``path`` names: a file, or a run folder.
+class FoundRun(NamedTuple):
+    """What there is to go on with.
 
-    There is no folder where the file is not in that of a run.
+    folder: None where a checkpoint file is in none. file, saved: None where the run has no checkpoint yet.
+    """
+
+    folder: RunFolder | None
+    file: Path | None
+    saved: Checkpoint | None
+
+
+def open_run(path: Path) -> FoundRun:
+    """Return what ``path`` names: a checkpoint file, or a run folder with its latest checkpoint, if it has one.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        CheckpointError: it holds no checkpoint, or one that cannot be used.
+        CheckpointError: it holds no run, or a checkpoint that cannot be used.
     """
-    if path.is_dir():
-        folder = RunFolder(path)
-        found = folder.latest()
-        if found is None:
-            raise CheckpointError(path, "this folder holds no checkpoint to go on from")
-        return folder, *found
-    folder = RunFolder(path.parent.parent)
-    return folder if folder.holds_run() else None, path, checkpoint.load(path)
+    if not path.is_dir():
+        folder = RunFolder(path.parent.parent)
+        return FoundRun(folder if folder.holds_run() else None, path, checkpoint.load(path))
+    folder = RunFolder(path)
+    found = folder.latest()
+    if found is None and not folder.holds_run():
+        raise CheckpointError(path, "this folder holds no run to go on with")
+    return FoundRun(folder, *(found or (None, None)))
 
 
 def _without_none(value: Any) -> Any:

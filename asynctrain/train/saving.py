@@ -15,17 +15,21 @@ from asynctrain.train.events import CheckpointSaved
 from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.state import TrainState
 
-SHARE = 0.02  # of a run's time, at most, that checkpoints by the clock may cost
+SHARE = 0.02  # of a run's time, at most, that checkpoints after epochs and by the clock may cost
 
 
 @dataclass(frozen=True, slots=True)
 class Saving:
     """When a run with a ``run_dir`` saves its state; whatever this says, it does so at its end, errors included.
 
+    What is saved after epochs and by the clock costs at most 2 % of the run's time, the first of an attempt aside, by
+    which the cost is found: while one more would cost more than that, it waits for the first step after which it does
+    not.
+
     Attributes:
-        steps: after every so many steps. The training goes on while the file is written, but for one step at most, so
-            that a crash costs no more than ``steps`` + 1 of them.
-        seconds: whenever so many have passed; rarer where writing takes more than 2 % of the time.
+        steps: after every so many steps, whatever that costs. The training goes on while the file is written, but for
+            one step at most, so that a crash costs no more than ``steps`` + 1 of them.
+        seconds: whenever so many have passed since the last one.
         epochs: whether after each epoch.
         keep: how many checkpoints stay, the latest ones, at least 1.
     """
@@ -74,23 +78,31 @@ class Saver:
         self._writing: asyncio.Task[None] | None = None
         self._error: Exception | None = None
         self._abandoned = threading.Event()
-        self._saved_step = -1
+        self._saved: tuple[int, int] | None = None
         self._begun_epoch, self._begun_step = state.cursor.epoch, state.step
-        self._next = self._after(0.0)
+        self._started = self._last = monotonic()
+        self._cost = self._spent = 0.0  # seconds of writing: the last one, and all
 
     def raise_error(self) -> None:
         """Raise why the last checkpoint could not be written, if it could not."""
         if self._error is not None:
             raise self._error
 
+    def path_of(self, state: TrainState) -> Path:
+        """Return where the checkpoint of ``state`` is, or would be."""
+        return self._folder.checkpoint_path(state.step)
+
     def is_due(self, state: TrainState) -> bool:
         """Return whether ``state`` is to be saved now; not while another is being written."""
         if self._writing is not None and not self._writing.done():
             return False
         every = self._saving.steps
-        by_step = every is not None and state.step // every > self._begun_step // every
+        if every is not None and state.step // every > self._begun_step // every:
+            return True
+        now = monotonic()
         by_epoch = self._saving.epochs and state.cursor.epoch > self._begun_epoch
-        return by_step or by_epoch or monotonic() >= self._next
+        by_clock = self._saving.seconds is not None and now - self._last >= self._saving.seconds
+        return (by_epoch or by_clock) and self._spent + self._cost <= SHARE * (now - self._started)
 
     async def keep_pace(self) -> None:
         """Wait for what is being written, where checkpoints are asked for by steps."""
@@ -116,7 +128,6 @@ class Saver:
     ) -> None:
         if before is not None:
             await asyncio.wait([before])
-        start = perf_counter()
         try:
             path = await self._written(state)
         except Exception as error:  # the disk's, or of a state that JSON cannot hold; it is the run's
@@ -125,8 +136,6 @@ class Saver:
                 if not future.done():
                     future.set_exception(error)
             return
-        seconds = perf_counter() - start
-        self._next = self._after(seconds)
         for future in waiting:
             if not future.done():
                 future.set_result(path)
@@ -134,18 +143,16 @@ class Saver:
     async def _written(self, state: TrainState) -> Path:
         """Return the checkpoint of ``state``, written unless it is there."""
         start = perf_counter()
-        path = self._folder.checkpoint_path(state.step)
-        if state.step != self._saved_step:
+        path = self.path_of(state)
+        moment = state.step, len(state.history)  # amid an evaluation there may be one of this step already
+        if moment != self._saved:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._write, state)
-            self._saved_step = state.step
-            self._tell(CheckpointSaved(state.step, str(path), perf_counter() - start))
+            self._saved = moment
+            self._cost = perf_counter() - start
+            self._spent += self._cost
+            self._last = monotonic()
+            self._tell(CheckpointSaved(state.step, str(path), self._cost))
         return path
 
     def _write(self, state: TrainState) -> None:
         self._folder.save(self._describe(state), self._saving.keep, self._abandoned.is_set)
-
-    def _after(self, seconds: float) -> float:
-        """Return when the clock asks for the next checkpoint, after one that took ``seconds``."""
-        if self._saving.seconds is None:
-            return float("inf")
-        return monotonic() + max(self._saving.seconds, seconds / SHARE)

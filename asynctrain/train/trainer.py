@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -16,7 +15,7 @@ from asynctrain._version import __version__
 from asynctrain.executors.base import Executor
 from asynctrain.executors.fingerprint import numeric_fingerprint
 from asynctrain.inference.classifier import Trained
-from asynctrain.inference.evaluate import Evaluation, Metric, evaluate
+from asynctrain.inference.evaluate import EvaluationResult, Metric, evaluate
 from asynctrain.nn import losses
 from asynctrain.nn.kernels.backend import require_kernels
 from asynctrain.nn.losses import LossFunction
@@ -25,7 +24,7 @@ from asynctrain.optim.apply import initial_state
 from asynctrain.optim.transforms import Optimizer
 from asynctrain.randomness import require_seed
 from asynctrain.train.checkpoint import Checkpoint
-from asynctrain.train.control import Limits
+from asynctrain.train.control import Limits, lasting_repr
 from asynctrain.train.controllers import Controller
 from asynctrain.train.events import Event
 from asynctrain.train.history import History
@@ -52,7 +51,7 @@ class Options(TypedDict, total=False):
             error in one is the run's.
         controllers: what decides about the run, such as ``EarlyStopping`` and ``ReduceOnPlateau``.
         run_dir: a new folder for configuration, events, checkpoints and model.
-        checkpoints: when the state is saved to ``run_dir``; by default after each epoch and every minute.
+        saving: when the state is saved to ``run_dir``; by default after each epoch and every minute.
         resume: a run folder or checkpoint file to go on from; the run stays in its folder unless ``run_dir`` is given.
         bits: ``"same"`` refuses to resume where another machine's bits would come out, ``"close"`` does not.
         state: where to go on, for example ``trainer.state`` after a cancellation; by default the initial state.
@@ -69,19 +68,25 @@ class Options(TypedDict, total=False):
     callbacks: Sequence[Callback]
     controllers: Sequence[Controller]
     run_dir: str | PathLike[str] | None
-    checkpoints: Saving
+    saving: Saving
     resume: str | PathLike[str] | None
     bits: Literal["same", "close"]
     state: TrainState | None
     config: Mapping[str, Any]
 
 
-class _Found(NamedTuple):
-    """A run to go on with."""
+class _Beginning(NamedTuple):
+    """Where a run begins.
+
+    state: what it goes on from. folder: its own, if it has one. is_new: whether the folder is to be made. earlier: what
+    was told there before. differences: what is not as it was, though the run can go on.
+    """
 
     state: TrainState
     folder: RunFolder | None
-    earlier: Sequence[Event]
+    is_new: bool = True
+    earlier: Sequence[Event] = ()
+    differences: Sequence[str] = ()
 
 
 class Trainer:
@@ -135,6 +140,15 @@ class Trainer:
     def state(self) -> TrainState:
         """The last state of the last run, or else the initial one, in read-only arrays of the caller's own."""
         return self._run.state if self._run else self.initial_state()
+
+    @property
+    def history(self) -> History | None:
+        """What the last run has come to so far, also if it was cancelled or has failed; None before the first.
+
+        So a cell of a notebook that is interrupted loses nothing: ``trainer.history`` has its epochs, and its ``state``
+        the weights.
+        """
+        return self._run.so_far() if self._run else None
 
     def initial_state(self, weights: Trained | None = None, only: str | Sequence[str] = "*") -> TrainState:
         """Return the state before the first step.
@@ -196,8 +210,8 @@ class Trainer:
             raise RuntimeError("this trainer has a run under way; start another with a Trainer of its own")
         self._require_fit(loader)
         _require_known(options)
-        job, state, earlier = await self._begin(loader, options)
-        run = self._run = Run(job, state, earlier)
+        job, beginning = await self._begin(loader, options)
+        run = self._run = Run(job, beginning.state, beginning.earlier, beginning.differences)
         self._running = True
         try:
             async with ServingGroup() as group:
@@ -207,31 +221,28 @@ class Trainer:
             self._running = False
         run.raise_error()
 
-    async def _begin(self, loader: BatchStream, options: Options) -> tuple[Job, TrainState, Sequence[Event]]:
-        """Return what is to be done, from where, and what was told before."""
-        describe = partial(self._described, loader)
-        state = options.get("state") or self.initial_state()
-        earlier: Sequence[Event] = ()
-        run_dir, resume = options.get("run_dir"), options.get("resume")
-        folder = None if run_dir is None else RunFolder(Path(run_dir))
-        if resume is not None:
-            found = await in_thread(self._found, Path(resume), folder, describe, options.get("bits", "same"))
-            state, folder, earlier = found
-        job = self._job(loader, options, folder, describe)
-        if folder is not None and not earlier:
-            await in_thread(self._create, folder, job, options)
-        return job, state, earlier
+    async def _begin(self, loader: BatchStream, options: Options) -> tuple[Job, _Beginning]:
+        """Return what is to be done, and from where; make the run's folder, if it is to have a new one."""
+        job = self._job(loader, options)
+        state, resume = options.get("state") or self.initial_state(), options.get("resume")
+        if resume is None:
+            beginning = _Beginning(state, job.folder)
+        else:
+            beginning = await in_thread(self._found, Path(resume), job, options)
+            job = replace(job, folder=beginning.folder)
+        if beginning.folder is not None and beginning.is_new:
+            await in_thread(self._create, beginning.folder, job, options)
+        return job, beginning
 
     def _create(self, folder: RunFolder, job: Job, options: Options) -> None:
         folder.create(self._config(job, options))
 
-    def _job(
-        self,
-        loader: BatchStream,
-        options: Options,
-        folder: RunFolder | None,
-        describe: Callable[[TrainState], Checkpoint],
-    ) -> Job:
+    def _job(self, loader: BatchStream, options: Options) -> Job:
+        run_dir, validate_every = options.get("run_dir"), options.get("validate_every")
+        validation = self._validation_stream(loader, options.get("validate"))
+        metrics = tuple(options.get("metrics", ()))
+        controllers = _checked(options.get("controllers", ()), options.get("validate") is not None)
+        beside = partial(_beside, validation, validate_every, metrics, controllers)
         return Job(
             model=self._model,
             optimizer=self._optimizer,
@@ -239,38 +250,49 @@ class Trainer:
             microbatch=self._microbatch,
             loader=loader,
             limits=Limits(options.get("epochs"), options.get("steps"), options.get("samples"), options.get("seconds")),
-            validation=self._validation_stream(loader, options.get("validate")),
-            validate_every=options.get("validate_every"),
-            metrics=tuple(options.get("metrics", ())),
+            validation=validation,
+            validate_every=validate_every,
+            metrics=metrics,
             callbacks=tuple(options.get("callbacks", ())),
-            controllers=_checked(options.get("controllers", ()), options.get("validate") is not None),
-            saving=options.get("checkpoints", Saving()),
-            folder=folder,
-            describe=describe,
+            controllers=controllers,
+            saving=options.get("saving", Saving()),
+            folder=None if run_dir is None else RunFolder(Path(run_dir)),
+            describe=partial(self._described, loader, beside),
         )
 
-    def _found(
-        self, path: Path, wanted: RunFolder | None, describe: Callable[[TrainState], Checkpoint], bits: str
-    ) -> _Found:
-        """Return what is at ``path``, checked against this trainer, to go on in the folder ``wanted``. Blocks."""
+    def _found(self, path: Path, job: Job, options: Options) -> _Beginning:
+        """Return what is at ``path``, checked against this trainer, to go on in the job's folder. Blocks."""
         folder, file, saved = open_run(path)
-        saved.require(file, describe(self.initial_state()), bits)
-        goes_on = folder is not None and (wanted is None or wanted.path.resolve() == folder.path.resolve())
-        return _Found(saved.state, wanted or folder, folder.events.read() if folder and goes_on else ())
+        wanted = job.folder or folder
+        goes_on = folder is not None and wanted is not None and wanted.path.resolve() == folder.path.resolve()
+        state, differences = self.initial_state(), tuple[str, ...]()
+        if saved is not None and file is not None:
+            here = job.describe(state)
+            saved.require(file, here, options.get("bits", "same"))
+            state, differences = saved.state, saved.differences(here)
+        elif folder is not None:  # it ended before its first checkpoint, so it begins anew
+            folder.require(self._config(job, options))
+        if folder is None or not goes_on:
+            return _Beginning(state, wanted, differences=differences)
+        return _Beginning(state, folder, is_new=False, earlier=folder.events.read(), differences=differences)
 
-    def _described(self, loader: BatchStream, state: TrainState) -> Checkpoint:
-        fingerprint = numeric_fingerprint(self._program.kernels)
-        return Checkpoint(state, self._optimizer_json(), self._microbatch, loader.description, fingerprint, __version__)
+    def _described(self, loader: BatchStream, beside: Callable[[], JSON], state: TrainState) -> Checkpoint:
+        """Return ``state`` as a checkpoint; called in threads, as what a loader says of itself may take a while."""
+        decoding = getattr(loader, "fingerprint", {})  # a loader of the user's own may have none
+        fingerprint = numeric_fingerprint(self._program.kernels) | decoding
+        return Checkpoint(
+            state, self._optimizer_json(), self._microbatch, loader.description, fingerprint, __version__, beside()
+        )
 
     def _optimizer_json(self) -> JSON:
         try:
             return self._optimizer.to_json()
         except TypeError:  # a function of the user's own, which can only be told
-            return {"repr": re.sub(r" at 0x[0-9a-f]+", "", repr(self._optimizer))}  # an address is of one process alone
+            return {"repr": lasting_repr(self._optimizer)}
 
     async def evaluate(
         self, data: BatchStream, state: TrainState | None = None, *, metrics: Sequence[Metric] = ()
-    ) -> Evaluation:
+    ) -> EvaluationResult:
         """Return loss, accuracy and ``metrics`` of ``state`` (by default ``trainer.state``) over an epoch of ``data``.
 
         ``data`` is a loader.
@@ -308,14 +330,14 @@ class Trainer:
                 **asdict(job.limits),
                 "microbatch": self._microbatch,
                 "validate_every": job.validate_every,
-                "checkpoints": asdict(job.saving),
+                "saving": asdict(job.saving),
                 "controllers": [repr(controller) for controller in job.controllers],
                 "executor": repr(self._executor),
             },
             "optimizer": self._optimizer_json(),
             "data": job.loader.description,
             "program": self._program.to_json(),
-            "fingerprint": numeric_fingerprint(self._program.kernels),
+            "fingerprint": numeric_fingerprint(self._program.kernels) | getattr(job.loader, "fingerprint", {}),
         }
 
     def __repr__(self) -> str:
@@ -326,6 +348,18 @@ def _require_known(options: Options) -> None:
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"options must be among {', '.join(Options.__annotations__)}; got {', '.join(sorted(unknown))}")
+
+
+def _beside(
+    validation: BatchStream | None, every: int | None, metrics: Sequence[Metric], controllers: Sequence[Controller]
+) -> JSON:
+    """Return what a run may go on with another of, as far as it can be told."""
+    return {
+        "validate": None if validation is None else validation.description,
+        "validate_every": every,
+        "metrics": [lasting_repr(metric) for metric in metrics],
+        "controllers": {controller.name: lasting_repr(controller) for controller in controllers},
+    }
 
 
 def _checked(controllers: Sequence[Controller], validates: bool) -> tuple[Controller, ...]:

@@ -139,3 +139,32 @@ def test_checkpoints_come_as_often_as_asked(asynctrain: Asynctrain, image_folder
     asynctrain("train", image_folder, *OPTIONS, "--checkpoint-every", 5, "--out", tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-0000000010.safetensors", "step-0000000012.safetensors"]
+
+
+def test_a_resumed_run_shows_where_it_goes_on_and_no_epoch_again(
+    asynctrain: Asynctrain, run: Path, image_folder: Path
+) -> None:
+    called = asynctrain("train", "--resume", run)
+    assert called.code == 0, called.stderr
+    seen = called.stderr.splitlines()
+    assert seen.count("going on after step 6") == 1
+    assert not [line for line in seen if line.startswith("epoch 1/")], "it was shown when it was trained"
+    assert [line for line in seen if line.startswith("epoch 3/")]
+
+
+def test_the_help_names_the_section_of_a_configuration_and_puts_brackets_once(
+    asynctrain: Asynctrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    helped = asynctrain("train", "--help").stdout
+    assert "options from [train] in" in helped
+    assert "[DIR]" in helped
+    assert "[[DIR]]" not in helped
+    assert "IMAGE......" not in asynctrain("predict", "--help").stdout.replace("}", "")
+
+
+def test_a_missing_configuration_is_told_without_an_error_number(asynctrain: Asynctrain, tmp_path: Path) -> None:
+    called = asynctrain("train", "--config", tmp_path / "none.toml")
+    assert called.code == 2
+    assert "No such file" in called.stderr
+    assert "Errno" not in called.stderr

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asynctrain.cli.demo import half_blocks, unpack_digits
+from asynctrain.cli.demo import half_blocks
+from asynctrain.data import unpack_digits
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "bundle_digits.py"
 
 
 @pytest.fixture(scope="module")
 def bundle() -> dict[str, Any]:
-    with files("asynctrain.cli").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
+    with files("asynctrain.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
 
 

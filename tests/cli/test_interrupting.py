@@ -46,6 +46,21 @@ sys.exit(main())
 """
 
 
+# A computer on which no step ends.
+NO_STEP = """
+import asyncio, sys
+from asynctrain.cli import main
+from asynctrain.train.step import TrainStep
+
+async def for_ever(self, state, batch):
+    print("epoch: computing", file=sys.stderr, flush=True)
+    await asyncio.sleep(3600)
+
+TrainStep.__call__ = for_ever
+sys.exit(main())
+"""
+
+
 @contextmanager
 def training(*arguments: object, command: Sequence[str] = COMMAND) -> Iterator[subprocess.Popen[str]]:
     """Start ``asynctrain train``, and wait for the end of an epoch."""
@@ -170,3 +185,24 @@ def test_a_second_control_c_abandons_the_writing_and_leaves_the_earlier_checkpoi
     assert str(first) in stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == [first.name]
     assert checkpoint.load(first).state.step > 0
+
+
+def test_interrupted_before_the_first_step_a_training_begins_anew_in_its_folder_when_it_is_resumed(
+    asynctrain: Asynctrain, image_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    still = [sys.executable, "-c", NO_STEP]
+    with training(image_folder, *OPTIONS, "--epochs", 3, "--out", run, command=still) as process:
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    told, command = stderr.splitlines()[-2:]
+    assert told == "interrupted; no step is done yet, begin anew with:"
+    assert command.endswith(f"train --resume {run}")
+    assert not checkpoint.find(run)
+    resumed = asynctrain("train", "--resume", run, "--json")
+    assert resumed.code == 0, resumed.stderr
+    whole = asynctrain("train", image_folder, *OPTIONS, "--epochs", 3, "--out", tmp_path / "whole", "--json")
+    assert resumed.json["digest"] == whole.json["digest"]
+    numbers = [json.loads(line)["number"] for line in (run / "history.jsonl").read_text().splitlines()]
+    assert numbers == list(range(len(numbers)))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from asynctrain.cli.progress import show
-from asynctrain.inference import Evaluation
+from asynctrain.inference import EvaluationResult
 from asynctrain.train.events import EpochEnd, Event, RunEnd, RunStart, StepEnd
 
 
@@ -18,7 +18,7 @@ async def three_epochs(seconds: float) -> AsyncIterator[Event]:
     yield RunStart(epochs=3, step=0, steps=3, steps_per_epoch=1, samples_per_epoch=100, parameters=1234)
     for epoch in (1, 2, 3):
         yield StepEnd(epoch, epoch, loss=0.5, accuracy=0.75, samples=100, samples_per_second=5000.0)
-        yield EpochEnd(epoch, epoch, 0.5, 0.75, 100, seconds, Evaluation(0.4, 0.875, 8))
+        yield EpochEnd(epoch, epoch, 0.5, 0.75, 100, seconds, EvaluationResult(0.4, 0.875, 8))
     yield RunEnd("finished", 3, 3 * seconds)
 
 

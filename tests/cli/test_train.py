@@ -54,7 +54,8 @@ def test_the_same_seed_gives_the_same_digest_from_every_executor(
         fixed = ["--epochs", 2, "--batch-size", 16, "--microbatch", 4, "--out", tmp_path / name, "--json"]
         return str(asynctrain("train", image_folder, *fixed, *options).json["digest"])
 
-    assert digest("a", "--executor", "inline") == digest("b", "--executor", "threads:3")
+    executors = ["inline", "threads:3", "processes:2"]
+    assert len({digest(executor, "--executor", executor) for executor in executors}) == 1
     assert digest("c", "--seed", 1) != digest("d", "--seed", 2)
 
 
@@ -209,6 +210,9 @@ def test_a_diverging_training_is_told_in_one_sentence(
         ["--optimizer", "magic"],
         ["--executor", "threads:none"],
         ["--executor", "threads:0"],
+        ["--executor", "processes:"],
+        ["--executor", "inline:2"],
+        ["--executor", "abacus"],
         ["--seed", -1],
         ["--no-such-option"],
     ],

@@ -158,6 +158,35 @@ def test_decay_reaches_vectors_where_it_is_told_to() -> None:
         ) == pytest.approx([1.9])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optim.sgd(0.1, momentum=0.9),
+        optim.adam(0.1, b2=0.9),
+        optim.rmsprop(0.1, decay=0.9),
+        optim.rmsprop(0.1, decay=0.9, centered=True),
+    ],
+    ids=lambda optimizer: str(optimizer.name),
+)
+def test_where_gradients_stay_zero_running_means_become_zero_and_no_subnormal_number(
+    optimizer: Transform, dtype: type
+) -> None:
+    params: Params = {"w": np.ones(3, dtype)}
+    state = optimizer.init(params)
+    subnormal = 0
+    for step in range(10_000):
+        gradient: Array = np.array([step < 5, 1.0, 1e-25 if dtype == np.float32 else 1e-250], dtype)
+        updates, state = optimizer.update({"w": gradient}, state, params, step)
+        means = np.concatenate([slot["w"][:2] for slot in state.values()])
+        subnormal += bool(((means != 0) & (np.abs(means) < np.finfo(dtype).tiny)).any())
+    assert subnormal == 0
+    assert all(slot["w"][0] == 0 for slot in state.values())
+    assert all(slot["w"][1] != 0 for slot in state.values())
+    assert np.isfinite(updates["w"]).all()
+    assert updates["w"][0] == 0
+
+
 def test_clipping_by_value_bounds_each_element() -> None:
     optimizer = optim.chain(optim.clip_by_value(0.5), optim.sgd(1.0))
     assert run(optimizer, 0.0, [2.0, -2.0, 0.25]) == [-0.5, 0.0, -0.25]

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from asynctrain.arena import digest
 from asynctrain.train import checkpoint
 from asynctrain.train.controllers import EarlyStopping, ReduceOnPlateau
 from asynctrain.train.events import CheckpointSaved, Event, Resumed, StepEnd, to_json
+from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.saving import Saving
 
 INTERVAL = 5  # steps between two checkpoints
@@ -47,7 +47,7 @@ class Life:
 
     Attributes:
         data: the folder of images.
-        run_dir: that of the run, which it goes on with if there is a checkpoint.
+        run_dir: that of the run, which it goes on with if it was begun.
         patience: of early stopping, in epochs.
         workers: that compute gradients; 0 is inline.
         threads: that decode images.
@@ -106,9 +106,7 @@ async def live(life: Life) -> None:
         threads=life.threads,
     )
     run_dir = Path(life.run_dir)
-    options: Any = {"resume": run_dir} if checkpoint.find(run_dir) else {"run_dir": run_dir}
-    if "run_dir" in options:
-        shutil.rmtree(run_dir, ignore_errors=True)  # killed before its first checkpoint
+    options: Any = {"resume" if RunFolder(run_dir).holds_run() else "run_dir": run_dir}
     async with at.ThreadExecutor(life.workers) if life.workers else at.InlineExecutor() as executor:
         trainer = at.Trainer(
             model,
@@ -125,7 +123,7 @@ async def live(life: Life) -> None:
                 EarlyStopping("loss", patience=life.patience),
                 ReduceOnPlateau("loss", patience=3, factor=0.7),
             ],
-            checkpoints=Saving(steps=INTERVAL, seconds=None, epochs=False),
+            saving=Saving(steps=INTERVAL, seconds=None, epochs=False),
             callbacks=[_announce_step],
             **options,
         ) as run:

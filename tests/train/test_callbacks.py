@@ -29,7 +29,7 @@ def start(step: int, number: int = 0) -> RunStart:
 
 
 def epoch(number: int, loss: float, metrics: dict[str, Any] | None = None) -> EpochEnd:
-    validation = at.Evaluation(loss / 2, 0.75, 60, metrics or {})
+    validation = at.EvaluationResult(loss / 2, 0.75, 60, metrics or {})
     return EpochEnd(number, 5 * number, loss, 0.5, 180, 1.5, validation)
 
 

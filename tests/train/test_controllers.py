@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import asynctrain as at
-from asynctrain.inference import Evaluation
+from asynctrain.inference import EvaluationResult
 from asynctrain.optim import Optimizer
 from asynctrain.train.controllers import Controller, Decision, EarlyStopping, ReduceOnPlateau, monitored
 from asynctrain.train.events import EpochEnd, Event, StepEnd
@@ -19,7 +19,7 @@ from asynctrain.types import JSON
 
 
 def epoch_end(loss: float, validation: float | None = None, **metrics: float) -> EpochEnd:
-    found = None if validation is None else Evaluation(validation, 1 - validation, 10, metrics)
+    found = None if validation is None else EvaluationResult(validation, 1 - validation, 10, metrics)
     return EpochEnd(1, 1, loss, 0.5, 10, 0.0, found)
 
 

@@ -48,7 +48,7 @@ def test_a_notebook_sees_a_bar_that_moves_and_at_the_end_the_lines_alone() -> No
     assert '<progress value="1" max="4"></progress>' in output.html
     assert "epoch 1/1" in output.html
     assert "step 1/4  loss 0.5000  accuracy 75.0%  5,000 images/s" in output.html
-    display(EpochEnd(1, 4, 0.5, 0.75, 400, 1.0, at.Evaluation(0.4, 0.875, 8)))
+    display(EpochEnd(1, 4, 0.5, 0.75, 400, 1.0, at.EvaluationResult(0.4, 0.875, 8)))
     display(RunEnd("finished", 4, 1.0))
     assert "<progress" not in output.html
     assert output.seen[-1]["text/plain"].splitlines() == [

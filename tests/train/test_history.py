@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from asynctrain.train.events import EpochEnd, Evaluation, StepEnd
 WORST = [{"source": "array[3]", "label": 0, "predicted": 1, "loss": 2.5}]
 
 
-def evaluation(loss: float, metrics: dict[str, Any] | None = None) -> at.Evaluation:
-    return at.Evaluation(loss, 1 - loss / 4, 60, metrics or {})
+def evaluation(loss: float, metrics: dict[str, Any] | None = None) -> at.EvaluationResult:
+    return at.EvaluationResult(loss, 1 - loss / 4, 60, metrics or {})
 
 
 def history_of(losses: list[float], metrics: dict[str, Any] | None = None) -> at.History:
@@ -107,10 +108,20 @@ def test_csv_gives_the_rows_back_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_a_notebook_shows_a_table_of_the_epochs_and_their_curves() -> None:
-    shown = history_of([2.0, 1.0])._repr_html_()
+    shown = history_of([2.0, 1.0])._repr_mimebundle_()["text/html"]
     assert shown.count("<tr>") == 3
     assert "<th>validation.loss</th>" in shown
     assert "<svg" in shown
+
+
+def test_without_matplotlib_a_notebook_shows_the_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "asynctrain.train.plots", raising=False)
+    monkeypatch.delattr("asynctrain.train.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    shown = history_of([2.0, 1.0])._repr_mimebundle_()
+    assert shown["text/html"].count("<tr>") == 3
+    assert "<svg" not in shown["text/html"]
+    assert shown["text/plain"].startswith("<History")
 
 
 # From a folder

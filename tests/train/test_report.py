@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from asynctrain.inference import Evaluation as Evaluated
+from asynctrain.inference import EvaluationResult
 from asynctrain.train.events import (
     EpochEnd,
     Evaluation,
@@ -32,7 +32,7 @@ def step(number: int, loss: float = 1.0, attempt: int = 1) -> StepEnd:
     return StepEnd((number + 1) // 2, number, loss, 0.5, 8, 100.0, attempt)
 
 
-def end_of_epoch(epoch: int, result: Evaluated, loss: float = 1.0) -> tuple[Evaluation, EpochEnd]:
+def end_of_epoch(epoch: int, result: EvaluationResult, loss: float = 1.0) -> tuple[Evaluation, EpochEnd]:
     return Evaluation(epoch, 2 * epoch, result, 0.1), EpochEnd(epoch, 2 * epoch, loss, 0.5, 16, 1.0, result)
 
 
@@ -64,7 +64,7 @@ def whole_run(tmp_path: Path) -> Path:
         {"source": "array[7]", "label": 0, "predicted": 1, "loss": 0.5},
         {"source": "right.png", "label": 0, "predicted": 0, "loss": 0.25},
     ]
-    result = Evaluated(
+    result = EvaluationResult(
         0.75, 0.625, 16, {"top_5": 0.875, "confusion": [[5, 3], [3, 5]], "worst": worst, "f1": [0.25, 0.5]}
     )
     folder = run_of(
@@ -144,7 +144,7 @@ def test_a_folder_without_a_run_has_no_report(tmp_path: Path) -> None:
 
 
 def test_what_was_done_again_after_a_crash_counts_once_and_as_it_was_the_last_time() -> None:
-    first, second = Evaluated(1.0, 0.5, 16), Evaluated(2.0, 0.5, 16)
+    first, second = EvaluationResult(1.0, 0.5, 16), EvaluationResult(2.0, 0.5, 16)
     again = replace(START, step=1)
     events = settled(
         [

@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 
 import asynctrain as at
+from asynctrain.data import images
 from asynctrain.errors import CheckpointError, FingerprintError
 from asynctrain.executors import Executor
 from asynctrain.train import checkpoint
 from asynctrain.train.controllers import EarlyStopping, ReduceOnPlateau
 from asynctrain.train.events import Event, Resumed, RunStart, StepEnd
+from asynctrain.train.recorded import RecordedRun
 from asynctrain.train.saving import Saving
 
 EPOCHS = 4
@@ -39,7 +42,7 @@ def asked(blobs: at.ArrayDataset, **options: Any) -> Any:
         "epochs": EPOCHS,
         "validate": blobs,
         "controllers": [EarlyStopping(patience=3), ReduceOnPlateau("loss", patience=1)],
-        "checkpoints": Saving(steps=3, seconds=None),
+        "saving": Saving(steps=3, seconds=None),
         **options,
     }
 
@@ -143,7 +146,7 @@ async def test_an_earlier_checkpoint_can_be_gone_on_from_and_what_is_saved_then_
     saving = Saving(seconds=None, epochs=False, keep=1)
     async with (
         at.ThreadExecutor(2) as executor,
-        make(model, executor).start(loader, **asked(blobs, resume=earlier, checkpoints=saving)) as run,
+        make(model, executor).start(loader, **asked(blobs, resume=earlier, saving=saving)) as run,
     ):
         path = await run.checkpoint()
         assert path < latest
@@ -223,6 +226,165 @@ async def test_another_machine_is_refused_unless_close_bits_will_do(
     assert history.state.step == EPOCHS * 5
 
 
+async def test_another_version_of_the_decoder_is_refused_and_named_unless_close_bits_will_do(
+    run_dir: Path, model: at.Model, blobs: at.ArrayDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = images.decoder_fingerprint
+    other_jpeg = {"jpeg": "libjpeg 9.9"}
+    monkeypatch.setattr("asynctrain.data.loader.decoder_fingerprint", lambda settings: here(settings) | other_jpeg)
+    other = at.Loader(blobs, batch_size=40, image_size=(12, 12), channels=1)
+    async with at.ThreadExecutor(2) as executor:
+        with pytest.raises(FingerprintError, match=r"jpeg is 'libjpeg 9\.9' here") as caught:
+            await make(model, executor).resume(run_dir, other, **asked(blobs))
+        assert set(caught.value.differences) == {"jpeg"}
+        history = await make(model, executor).resume(run_dir, other, **asked(blobs, bits="close"))
+    assert history.state.step == EPOCHS * 5
+
+
+async def test_another_decoder_is_refused_and_named(run_dir: Path, model: at.Model, blobs: at.ArrayDataset) -> None:
+    other = at.Loader(blobs, batch_size=40, image_size=(12, 12), channels=1, decoder="simplejpeg")
+    with pytest.raises(FingerprintError, match="decoder is 'simplejpeg' here and 'pillow' there"):
+        await make(model, at.InlineExecutor()).resume(run_dir, other, **asked(blobs))
+
+
+async def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder_under_the_next_numbers(
+    run_dir: Path, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset
+) -> None:
+    for path in [*checkpoint.find(run_dir), run_dir / "model.safetensors"]:
+        path.unlink()
+    before, config = lines(run_dir), (run_dir / "config.toml").read_text()
+    async with at.ThreadExecutor(2) as executor:
+        optimizer = at.optim.average_weights(at.optim.adamw(2e-2), 0.9)
+        with pytest.raises(CheckpointError, match=r"learning_rate is 0\.01 there and 0\.02 here") as caught:
+            await make(model, executor, optimizer=optimizer).resume(run_dir, loader, **asked(blobs))
+        assert caught.value.path == str(run_dir / "config.toml")
+        with pytest.raises(CheckpointError, match="microbatch is 12 there and 6 here"):
+            await make(model, executor, microbatch=6).resume(run_dir, loader, **asked(blobs))
+        whole = await make(model, executor).fit(loader, **asked(blobs))
+        resumed = await make(model, executor).resume(run_dir, loader, **asked(blobs))
+    assert resumed == whole
+    assert resumed.state.digest() == whole.state.digest()
+    assert (run_dir / "config.toml").read_text() == config
+    assert lines(run_dir)[: len(before)] == before
+    events = [at.events.from_json(json.loads(line)) for line in lines(run_dir)]
+    assert [event.number for event in events] == list(range(len(events)))
+    (again,) = (event for event in events if isinstance(event, Resumed))
+    assert (again.step, again.attempt) == (0, 2)
+
+
+async def test_a_run_killed_before_its_first_event_begins_anew(
+    run_dir: Path, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset
+) -> None:
+    for path in checkpoint.find(run_dir):
+        path.unlink()
+    (run_dir / "history.jsonl").unlink()
+    async with at.ThreadExecutor(2) as executor:
+        resumed = await make(model, executor).resume(run_dir, loader, **asked(blobs))
+    assert resumed.state.step == EPOCHS * 5
+    assert [json.loads(line)["number"] for line in lines(run_dir)] == list(range(len(lines(run_dir))))
+
+
+async def test_checkpoints_without_their_events_can_be_gone_on_from(
+    run_dir: Path, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset
+) -> None:
+    (run_dir / "history.jsonl").unlink()
+    async with at.ThreadExecutor(2) as executor:
+        whole = await make(model, executor).fit(loader, **asked(blobs))
+        resumed = await make(model, executor).resume(run_dir, loader, **asked(blobs))
+    assert resumed == whole
+    told = [at.events.from_json(json.loads(line)) for line in lines(run_dir)]
+    assert [event.number for event in told] == list(range(len(told)))
+    assert [event.attempt for event in told if isinstance(event, Resumed)] == [2]
+
+
+@pytest.mark.parametrize("broken", ['{"event": "StepEnd", "numb', '{"event": "Nonsense"}', "[]", "\udcff\0"])
+async def test_a_corrupt_line_of_the_events_is_one_error_that_names_file_and_line(
+    broken: str, run_dir: Path, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset
+) -> None:
+    told = lines(run_dir)
+    told[3] = broken
+    (run_dir / "history.jsonl").write_text("\n".join(told) + "\n", errors="surrogateescape")
+    before = content(run_dir)
+    for read in (RecordedRun.read, at.History.load):
+        with pytest.raises(CheckpointError, match="line 4 is no event"):
+            read(run_dir)
+    with pytest.raises(CheckpointError, match="line 4 is no event") as caught:
+        await make(model, at.InlineExecutor()).resume(run_dir, loader, **asked(blobs))
+    assert caught.value.path == str(run_dir / "history.jsonl")
+    assert content(run_dir) == before
+
+
+async def test_a_finished_run_resumed_with_fewer_epochs_tells_no_fewer_steps_than_it_has_done(
+    run_dir: Path, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset
+) -> None:
+    asking = asked(blobs, resume=run_dir, epochs=1)
+    async with at.ThreadExecutor(2) as executor, make(model, executor).start(loader, **asking) as run:
+        history = await run.result()
+        new = [event async for event in run.events(run.first_event)]
+        left = run.progress.eta
+    assert isinstance(new[0], RunStart)
+    assert (new[0].step, new[0].steps) == (STOPPED_AT, STOPPED_AT)
+    assert not [event for event in new if isinstance(event, StepEnd)]
+    assert left in (None, 0.0)
+    assert history.state.step == STOPPED_AT
+
+
+async def test_what_is_not_as_it_was_beside_the_training_is_told(
+    run_dir: Path,
+    model: at.Model,
+    loader: at.Loader,
+    blobs: at.ArrayDataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fewer, _ = blobs.split(0.5, seed=0)
+
+    async def differences(**changed: Any) -> str:
+        caplog.clear()
+        options = asked(blobs, resume=run_dir, steps=STOPPED_AT, run_dir=tmp_path / str(changed.keys()), **changed)
+        async with at.ThreadExecutor(2) as executor, make(model, executor).start(loader, **options) as run:
+            (resumed,) = [event async for event in run if isinstance(event, Resumed)]
+        assert at.events.from_json(at.events.to_json(resumed)).differences == resumed.differences  # type: ignore[union-attr]
+        assert [record.args[0] for record in caplog.records if record.name == "asynctrain"] == list(resumed.differences)  # type: ignore[index]
+        return "; ".join(resumed.differences)
+
+    assert await differences() == ""
+    assert re.search(r"validate\.samples is 180 there and \d+ here", await differences(validate=fewer))
+    told = await differences(controllers=[EarlyStopping(patience=9), ReduceOnPlateau("loss", patience=1)])
+    assert re.fullmatch(r"controllers\.early_stopping is .*patience=3.* there and .*patience=9.* here", told)
+    assert await differences(validate_every=2) == "validate_every is null there and 2 here"
+    assert (
+        await differences(metrics=[at.metrics.TopK(2)])
+        == 'metrics is [] there and ["TopK(k=2, ignore_index=None)"] here'
+    )
+
+
+async def test_other_labels_and_weights_of_the_same_number_of_samples_are_refused(
+    run_dir: Path, model: at.Model, blobs: at.ArrayDataset
+) -> None:
+    def over(labels: Any, weights: Any = None) -> at.Loader:
+        data = at.ArrayDataset(blobs.images, labels, blobs.classes, weights)
+        return at.Loader(data, batch_size=40, image_size=(12, 12), channels=1)
+
+    trainer = make(model, at.InlineExecutor())
+    with pytest.raises(CheckpointError, match="labels is"):
+        await trainer.resume(run_dir, over(blobs.labels[::-1]), **asked(blobs))
+    with pytest.raises(CheckpointError, match="weights is null there"):
+        await trainer.resume(run_dir, over(blobs.labels, np.full(180, 0.5)), **asked(blobs))
+
+
+async def test_other_weights_of_a_sampler_are_refused(model: at.Model, blobs: at.ArrayDataset, tmp_path: Path) -> None:
+    def drawing(weights: Any) -> at.Loader:
+        return at.Loader(
+            blobs, batch_size=40, image_size=(12, 12), channels=1, sampler=at.data.WeightedSampler(weights, seed=0)
+        )
+
+    trainer = make(model, at.InlineExecutor())
+    await trainer.fit(drawing(np.ones(180)), steps=2, run_dir=tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"order\.first is"):
+        await trainer.resume(tmp_path / "run", drawing(np.arange(180)), steps=3)
+
+
 def test_a_checkpoint_with_any_bit_flipped_or_any_end_cut_off_is_refused(
     saved: tuple[Path, bytes], tmp_path: Path
 ) -> None:
@@ -281,10 +443,10 @@ async def test_a_model_file_is_no_checkpoint_and_says_so(
         await make(model, at.InlineExecutor()).resume(run_dir / "model.safetensors", loader, **asked(blobs))
 
 
-async def test_a_folder_without_checkpoints_and_a_missing_path_are_told_apart(
+async def test_a_folder_without_a_run_and_a_missing_path_are_told_apart(
     model: at.Model, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no run to go on with"):
         await make(model, at.InlineExecutor()).resume(tmp_path, loader, **asked(blobs))
     with pytest.raises(FileNotFoundError):
         await make(model, at.InlineExecutor()).resume(tmp_path / "none", loader, **asked(blobs))
@@ -312,7 +474,7 @@ def fill(event):
 async def main():
     async with at.ThreadExecutor(2) as executor:
         trainer = at.Trainer(model, optimizer=at.optim.adamw(1e-2), executor=executor, microbatch=4)
-        history = await trainer.fit(loader, epochs=6, checkpoints=Saving(steps=5), callbacks=[fill], **options)
+        history = await trainer.fit(loader, epochs=6, saving=Saving(steps=5), callbacks=[fill], **options)
     print(history.state.digest())
 
 try:

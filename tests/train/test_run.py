@@ -6,6 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import numpy as np
 import pytest
 
 import asynctrain as at
+from asynctrain._aio import ServingGroup, thread_pool
 from asynctrain.errors import ClosedError
-from asynctrain.train import checkpoint
+from asynctrain.train import checkpoint, saving
 from asynctrain.train.control import Limits
-from asynctrain.train.events import CheckpointSaved, Event, Missed, Paused, Resumed, RunEnd, StepEnd
+from asynctrain.train.events import CheckpointSaved, Evaluation, Event, Missed, Paused, Resumed, RunEnd, StepEnd
 from asynctrain.train.log import EventLog
+from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.saving import Saving
+from asynctrain.types import Cursor
 
 FOREVER = 100_000  # epochs
 
@@ -78,6 +83,79 @@ async def test_pausing_twice_and_resuming_what_does_not_wait_are_no_errors(
         run.resume()
         await reach(run, first + 3)
         await run.stop()
+
+
+class Slow:
+    """A metric that lets an evaluation take a while, and counts its batches."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.begun = asyncio.Event()
+
+    def begin(self) -> None:
+        return None
+
+    def add(self, gathered: None, outputs: Any, batch: Any) -> None:
+        self.batches += 1
+        self.begun.set()
+
+    def result(self, gathered: None) -> dict[str, Any]:
+        return {}
+
+
+async def test_a_pause_and_a_checkpoint_do_not_wait_for_the_end_of_an_evaluation(
+    trainer: at.Trainer, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path
+) -> None:
+    held_out = at.Loader(blobs, batch_size=1, image_size=(12, 12), channels=1, shuffle=False)
+    whole = await trainer.fit(loader, epochs=2, validate=held_out)
+    slow = Slow()
+    asked: Any = {"epochs": 2, "validate": held_out, "metrics": [slow]}
+    async with trainer.start(loader, **asked, run_dir=tmp_path / "run") as run:
+        await slow.begun.wait()
+        start = time.perf_counter()
+        assert await run.pause() == 5
+        assert time.perf_counter() - start < 0.25
+        seen = slow.batches
+        assert seen < len(blobs)
+        path = await run.checkpoint()
+        assert slow.batches == seen, "it waits in the middle of the evaluation"
+        run.resume()
+        history = await run.result()
+        events = [event async for event in run]
+    (paused,) = (event.number for event in events if isinstance(event, Paused))
+    assert paused < min(event.number for event in events if isinstance(event, Evaluation))
+    assert history == whole
+    assert history.state.digest() == whole.state.digest()
+    resumed = await trainer.resume(path, loader, epochs=2, validate=held_out, run_dir=tmp_path / "other")
+    assert resumed == whole, "what was saved there goes on with the whole evaluation"
+
+
+async def test_what_is_saved_amid_the_last_evaluation_is_saved_again_with_what_it_has_found(
+    trainer: at.Trainer, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path
+) -> None:
+    held_out = at.Loader(blobs, batch_size=1, image_size=(12, 12), channels=1, shuffle=False)
+    slow = Slow()
+    async with trainer.start(loader, epochs=1, validate=held_out, metrics=[slow], run_dir=tmp_path / "run") as run:
+        await slow.begun.wait()
+        path = await run.checkpoint()
+        assert checkpoint.load(path).state.history == ()
+        history = await run.result()
+    assert at.History.load(tmp_path / "run") == history
+    assert len(history.epochs) == len(history.evaluations) == 1
+
+
+async def test_time_in_a_pause_is_no_time_of_the_epoch_or_the_evaluation(
+    trainer: at.Trainer, loader: at.Loader, blobs: at.ArrayDataset
+) -> None:
+    slow = Slow()
+    async with trainer.start(loader, epochs=1, validate=blobs, metrics=[slow]) as run:
+        await slow.begun.wait()
+        await run.pause()
+        await asyncio.sleep(1)
+        run.resume()
+        history = await run.result()
+    assert history.epochs[0].seconds < 1
+    assert history.evaluations[0].seconds < 1
 
 
 async def test_a_paused_run_can_be_stopped_cancelled_and_saved(
@@ -164,7 +242,7 @@ async def test_checkpoints_come_after_every_so_many_steps_however_slow_their_wri
     monkeypatch.setattr(checkpoint, "save", slow)
     ahead: list[int] = []
     async with trainer.start(
-        loader, epochs=3, run_dir=tmp_path / "run", checkpoints=Saving(4, None, epochs=False, keep=3)
+        loader, epochs=3, run_dir=tmp_path / "run", saving=Saving(4, None, epochs=False, keep=3)
     ) as run:
         saved = 0
         async for event in run:
@@ -177,12 +255,63 @@ async def test_checkpoints_come_after_every_so_many_steps_however_slow_their_wri
     assert found == [checkpoint.name_of(step) for step in (15, 12, 8)]
 
 
+async def test_checkpoints_after_epochs_that_would_cost_more_than_two_percent_are_left_out(
+    trainer: at.Trainer, loader: at.Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.1)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    async with trainer.start(loader, epochs=20, run_dir=tmp_path / "run") as run:
+        told = [event.step async for event in run if isinstance(event, CheckpointSaved)]
+    assert told == [5, 100], "the first tells what one costs, and the last is the run's end"
+
+
+class Clock:
+    """A time that is set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_what_was_left_out_is_saved_at_the_first_step_after_which_it_costs_no_more(
+    trainer: at.Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(saving, "monotonic", clock)
+    monkeypatch.setattr(saving, "perf_counter", clock)
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(RunFolder, "save", lambda *arguments: setattr(clock, "now", clock.now + 1))
+    state = trainer.initial_state()
+    due: list[int] = []
+    unchanged: Any = lambda given: given  # noqa: E731 - what is written and told is not looked at
+    async with thread_pool(1, "test") as threads, ServingGroup() as tasks:
+        saver = saving.Saver(Saving(seconds=None), folder, state, unchanged, tasks, threads, unchanged)
+        for step in range(1, 400):  # each of a second, in epochs of 30; writing takes one, too
+            clock.now += 1
+            state = replace(state, step=step, cursor=Cursor(epoch=step // 30))
+            if saver.is_due(state):
+                due.append(step)
+                saver.begin(state)
+                await saver.finish(state)
+    assert due[0] == 30
+    assert all(later - earlier >= 49 for earlier, later in pairwise(due)), "at most 2 % of the time"
+    assert any(step % 30 for step in due), "in mid-epoch, as soon as it may"
+    assert len(due) == 8
+
+
 async def test_a_second_cancellation_abandons_the_last_writing_and_leaves_the_earlier_checkpoint(
     trainer: at.Trainer, loader: at.Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, writing = checkpoint.write_whole, threading.Event()  # type: ignore[attr-defined]
     saving = Saving(seconds=None, epochs=False)
-    async with trainer.start(loader, epochs=FOREVER, run_dir=tmp_path / "run", checkpoints=saving) as run:
+    async with trainer.start(loader, epochs=FOREVER, run_dir=tmp_path / "run", saving=saving) as run:
         await reach(run, 2)
         earlier = await run.checkpoint()
         await reach(run, run.state.step + 2)
@@ -431,10 +560,7 @@ async def test_two_runs_at_once_in_one_loop_on_one_executor_end_with_what_they_h
 
     alone = [await make(seed).fit(loader, epochs=3) for seed in (1, 2)]
     both = await asyncio.gather(
-        *(
-            make(seed).fit(loader, epochs=3, run_dir=tmp_path / str(seed), checkpoints=Saving(steps=2))
-            for seed in (1, 2)
-        )
+        *(make(seed).fit(loader, epochs=3, run_dir=tmp_path / str(seed), saving=Saving(steps=2)) for seed in (1, 2))
     )
     assert both == alone
     assert [history.state.digest() for history in both] == [history.state.digest() for history in alone]

@@ -136,6 +136,10 @@ class Backwards(Session):
 
     slots = 4
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
     def __init__(self, params: Params) -> None:
         self.params = params
         self.answered: list[int] = []

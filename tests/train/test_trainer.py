@@ -335,3 +335,20 @@ async def test_a_callback_that_would_wait_for_the_run_for_ever_is_told_so(
 
     with pytest.raises(RuntimeError, match="a callback cannot wait for the run"):
         await train()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("wrong", [[5], [0, 5, 59]], ids=["one", "in all microbatches"])
+@pytest.mark.parametrize("where", ["training", "validation"])
+async def test_a_bad_label_is_the_one_error_of_the_run_and_no_group(
+    wrong: list[int], where: str, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset
+) -> None:
+    images, labels = blobs.images[:60], blobs.labels[:60].copy()
+    bad = at.ArrayDataset(images, labels, blobs.classes)
+    bad.labels[wrong] = 7
+    over = at.Loader(bad, batch_size=60, image_size=(12, 12), channels=1, shuffle=False)
+    async with at.ThreadExecutor(2) as executor:
+        training, validation = (over, None) if where == "training" else (loader, over)
+        with pytest.raises(ValueError, match="labels must be") as caught:
+            await trainer(model, executor).fit(training, epochs=1, validate=validation)
+    assert not isinstance(caught.value, ExceptionGroup)
