@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak check bench-kernels bench-learning bench-loading bench-loop bench-sources bench-training clean
+.PHONY: help demo test soak check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,9 @@ check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+bench-executors: $(VENV)/.installed-dev ## measure what it costs to compute in other processes
+	$(RUN) -m benchmarks.executors
+
 bench-kernels: $(VENV)/.installed-bench $(PEERS)/.installed ## time training steps and predictions beside PyTorch, JAX and others
 	$(RUN) -m benchmarks.kernels
 
@@ -39,6 +42,9 @@ bench-loading: $(VENV)/.installed-bench $(PEERS)/.installed ## load images side 
 
 bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a heartbeat in the same event loop gets while training
 	$(RUN) -m benchmarks.loop
+
+bench-serving: $(VENV)/.installed-dev ## measure what twenty predictions a second cost the training they are made beside
+	$(RUN) -m benchmarks.serving
 
 bench-sources: $(VENV)/.installed-dev ## measure how near the loader comes to the rate of slow sources
 	$(RUN) -m benchmarks.sources

@@ -13,6 +13,7 @@ import asynctrain as at
 from asynctrain.cli import demo as demos
 from asynctrain.cli import info as infos
 from asynctrain.cli import report as reports
+from asynctrain.cli import serve as serving
 from asynctrain.cli import train as training
 from asynctrain.cli import use
 from asynctrain.cli.process import run
@@ -73,7 +74,8 @@ def _options_from(context: typer.Context, config: Path | None) -> Path | None:
     try:
         options = tomllib.loads(config.read_text(encoding="utf-8")).get("train")
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{config} must be a readable TOML file: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise typer.BadParameter(f"{config} must be a readable TOML file: {reason}") from error
     if not isinstance(options, dict):
         raise typer.BadParameter(f"{config} must have a section [train] with options of this command")
     known = {option.name for option in fields(Recipe)}
@@ -102,7 +104,9 @@ Out = Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="A new folder 
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same weights, bit for bit.")]
 Where = Annotated[
     str,
-    typer.Option("--executor", callback=_known_executor, help="Where to compute: threads, threads:2, or inline."),
+    typer.Option(
+        "--executor", callback=_known_executor, help="Where to compute: threads, threads:2, processes:2, or inline."
+    ),
 ]
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A file that asynctrain has written.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in a step.")]
@@ -118,7 +122,7 @@ def demo(seed: Seed = 0, executor: Where = "threads", out: Out = None, json: Jso
 def train(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[DIR]", help="A folder of images per class, or train/ and test/ (or val/) with these."),
+        typer.Argument(metavar="DIR", help="A folder of images per class, or train/ and test/ (or val/) with these."),
     ] = None,
     model: Annotated[
         str, typer.Option(callback=_known_model, help=f"One of {', '.join(at.models.NAMES)}.")
@@ -169,7 +173,7 @@ def train(
         typer.Option(
             is_eager=True,
             callback=_options_from,
-            help="Take options from [train] in a TOML file, such as a run's config.toml; flags override them.",
+            help=r"Take options from \[train] in a TOML file, such as a run's config.toml; flags override them.",
         ),
     ] = None,
     json: Json = False,
@@ -212,7 +216,7 @@ def evaluate(
 @app.command()
 def predict(
     model: ModelFile,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 3,
     json: Json = False,
 ) -> None:
@@ -230,6 +234,52 @@ def report(
 ) -> None:
     """Show a run as one HTML page: curves, epochs, mistakes, checkpoints, configuration."""
     run(lambda: reports.report(run_dir, out, json))
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder for the runs, which go on from there.")],
+    grpc: Annotated[bool, typer.Option("--grpc", help="Serve asynctrain.proto (extra grpc).")] = False,
+    host: Annotated[str, typer.Option(help="An address of this machine, or unix:PATH.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 for any that is free.")] = 50_051,
+    executor: Where = "threads",
+    limits: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of limits; see the documentation.")
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lines NAME TOKEN, of which each call must have one; or $ASYNCTRAIN_TOKENS."),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's certificate, in PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="The certificate's key, in PEM.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Ask clients for certificates of this authority, in PEM.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines connect without encryption.")
+    ] = False,
+    reflection: Annotated[bool, typer.Option("--reflection", help="Describe the services to whoever asks.")] = False,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds to save what trains when the server ends.")] = 30.0,
+    json: Json = False,
+) -> None:
+    """Train for clients in any language, over the network."""
+    if not grpc:
+        raise typer.BadParameter("say which service: --grpc")
+    service = serving.Service(
+        folder=folder,
+        host=host,
+        port=port,
+        executor=executor,
+        limits=limits,
+        tokens=tokens,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        insecure=insecure,
+        reflection=reflection,
+        grace=grace,
+    )
+    run(lambda: serving.serve(service, json))
 
 
 @app.command()
