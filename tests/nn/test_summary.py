@@ -21,6 +21,7 @@ from asynctrain.nn import (
     Residual,
     Scope,
     Sequential,
+    Tanh,
     Workspace,
     models,
 )
@@ -95,7 +96,7 @@ def test_totals_are_those_of_a_microbatch_and_a_dtype() -> None:
 
 
 SMALL: list[tuple[Layer, Shape]] = [
-    (Sequential([Conv2D(6, 5), ReLU(), MaxPool2D(2, stride=1), Flatten(), Dense(40), ReLU()]), (28, 28, 1)),
+    (Sequential([Conv2D(6, 5), ReLU(), MaxPool2D(2, stride=1), Flatten(), Dense(40), Tanh()]), (28, 28, 1)),
     (Sequential([Conv2D(6, 1), ReLU(), Conv2D(4, stride=2, padding=3)]), (17, 20, 5)),
     (Residual([Conv2D(8), BatchNorm(), ReLU()], Conv2D(8, 1)), (30, 20, 3)),
     (Parallel([Sequential([]), Conv2D(2)]), (20, 20, 6)),
