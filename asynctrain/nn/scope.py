@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from math import prod
+from threading import Lock
+from typing import NamedTuple
+from weakref import ref
 from zlib import crc32
 
 import numpy as np
@@ -13,6 +19,9 @@ from asynctrain.nn.kernels.backend import NUMPY, Kernels
 from asynctrain.types import Params
 
 HUGE_PAGE = 2**21  # bytes
+LENT = 2**16  # bytes: buffers from here on are lent, smaller ones are kept under their keys
+GRAIN = 2**16  # bytes: memory to lend comes in multiples of it
+SLACK = 2  # times what was asked for: memory that is larger is left for others
 
 Job = Callable[[], None]
 
@@ -25,57 +34,101 @@ def _at_once(job: Job) -> None:
     job()
 
 
-def _memory(size: int) -> Array:
-    """Return ``size`` bytes, many of them from the beginning of a huge page on.
+class _Block(NamedTuple):
+    """A piece of memory to lend."""
 
-    With small pages a pass spends a twentieth of its time on finding them. numpy asks the system for huge ones
-    where an array takes two or more; what is beyond ``size`` is never touched, and so takes no memory.
-    """
-    if size < HUGE_PAGE // 2:
-        return aligned_empty((size,), np.uint8)
-    raw = np.empty(max(size + HUGE_PAGE, 2 * HUGE_PAGE), np.uint8)
-    start = -raw.ctypes.data % HUGE_PAGE
-    return raw[start : start + size]
+    memory: mmap.mmap
+    start: int  # its first byte that is used
+    home: list[_Block]  # the free blocks of its size
 
 
 class Workspace:
-    """Buffers that are reused from pass to pass, so that a steady step allocates nothing large.
+    """Buffers that are reused, within a pass and from pass to pass, so that a steady step allocates nothing large.
+
+    A large buffer is lent: its memory serves another as soon as nobody refers to the array, or to a view of it, any
+    more. So what a layer needs for a moment is the same memory in all layers, and likely to be in cache, and a backward
+    pass goes on in what it no longer needs. As references say what is needed, work that is done later, or in another
+    thread, keeps its arrays.
 
     Not for two passes at the same time: give each worker a workspace of its own. Jobs of one pass may use it from
     several threads, as each takes its buffers under keys of its own.
     """
 
-    __slots__ = ("_memory", "_views")
+    __slots__ = ("_free", "_growing", "_lent", "_memory", "_sizes", "_views")
 
     def __init__(self) -> None:
         self._memory: dict[str, Array] = {}
         self._views: dict[str, Array] = {}
+        self._free: dict[int, list[_Block]] = {}
+        self._sizes: tuple[int, ...] = ()  # of all blocks, in order
+        self._lent: dict[int, tuple[_Block, ref[Array]]] = {}
+        self._growing = Lock()
 
     def empty(self, key: str, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
-        """Return the C-contiguous, 64-byte aligned buffer of ``key``, its contents undefined.
+        """Return a C-contiguous array, aligned to 64 bytes, its contents undefined.
 
-        It grows when a larger shape comes and gives a view of its beginning when a smaller one does, so what was
-        returned earlier for the same key is overwritten.
+        It is good as long as somebody refers to it and nobody asks for the same key again: then a small one may be
+        the same memory.
         """
         view = self._views.get(key)
-        if view is None or view.shape != shape or view.dtype != dtype:
-            view = self._views[key] = self._view(key, shape, dtype)
-        return view
-
-    def _view(self, key: str, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
+        if view is not None and view.shape == shape and view.dtype == dtype:
+            return view
         size = prod(shape) * dtype.itemsize
+        if size >= LENT:
+            return self._lend(shape, dtype, self._block(size))
         memory = self._memory.get(key)
         if memory is None or memory.nbytes < size:
-            memory = self._memory[key] = _memory(size)
-        return memory[:size].view(dtype).reshape(shape)
+            memory = self._memory[key] = aligned_empty((size,), np.uint8)
+        view = self._views[key] = memory[:size].view(dtype).reshape(shape)
+        return view
+
+    def _lend(self, shape: Shape, dtype: np.dtype[np.generic], block: _Block) -> Array:
+        """Return an array in the block, which comes home with the last reference to it; its views refer to it too."""
+        array: Array = np.ndarray(shape, dtype, block.memory, block.start)
+        lent, key = self._lent, id(block)
+
+        def come_home(_: ref[Array]) -> None:
+            del lent[key]
+            block.home.append(block)
+
+        lent[key] = block, ref(array, come_home)
+        return array
+
+    def _block(self, size: int) -> _Block:
+        """Return the free block that fits best, the one used last if there are several, or a new one."""
+        sizes = self._sizes
+        for capacity in sizes[bisect_left(sizes, size) :]:
+            if capacity > SLACK * size:
+                break
+            with suppress(IndexError):
+                return self._free[capacity].pop()
+        capacity = -(-size // GRAIN) * GRAIN
+        with self._growing:
+            home = self._free.setdefault(capacity, [])
+            self._sizes = tuple(sorted([*self._sizes, capacity]))
+        return _Block(*_mapped(capacity), home)
 
     @property
     def nbytes(self) -> int:
         """The bytes held."""
-        return sum(memory.nbytes for memory in self._memory.values())
+        return sum(memory.nbytes for memory in self._memory.values()) + sum(self._sizes)
 
     def __repr__(self) -> str:
-        return f"<Workspace {len(self._memory)} buffers, {self.nbytes / 2**20:.1f} MiB>"
+        return f"<Workspace {len(self._memory) + len(self._sizes)} buffers, {self.nbytes / 2**20:.1f} MiB>"
+
+
+def _mapped(size: int) -> tuple[mmap.mmap, int]:
+    """Return ``size`` bytes of memory of the system's and where in it they begin, at a huge page if they are many.
+
+    With small pages a pass spends a twentieth of its time on finding them. What is never touched takes no memory.
+    """
+    if size < HUGE_PAGE // 2:
+        return mmap.mmap(-1, size), 0
+    memory = mmap.mmap(-1, size + 2 * HUGE_PAGE)
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+    if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE, start, round(size / HUGE_PAGE) * HUGE_PAGE)
+    return memory, start
 
 
 class Scope:
@@ -92,6 +145,10 @@ class Scope:
         state: the layers' running statistics, which a pass that predicts uses.
         statistics: where a pass of training writes what the running statistics are made of.
         kernels: what layers compute with.
+
+    Attributes:
+        spare: whether the array that the layer is about to be given, x or dy, may be written over: nobody else needs
+            it. Containers say so; after its backward pass one says so of the dx that it has returned.
     """
 
     __slots__ = (
@@ -105,6 +162,7 @@ class Scope:
         "check",
         "emit",
         "kernels",
+        "spare",
         "train",
     )
 
@@ -122,6 +180,7 @@ class Scope:
         kernels: Kernels = NUMPY,
     ) -> None:
         self.train = train
+        self.spare = False
         self.kernels = kernels
         self.check = check
         self.emit = emit
@@ -159,6 +218,13 @@ class Scope:
     def empty(self, name: str, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
         """Return the layer's buffer ``name``; see ``Workspace.empty``."""
         return self._workspace.empty(self._prefix + name, shape, dtype)
+
+    def over(self, name: str, array: Array) -> Array:
+        """Return what a result in the shape of ``array``, the layer's x or dy, is written into.
+
+        That is the array itself, where its ``spare`` says that nobody else needs it, else the buffer ``name``.
+        """
+        return array if self.spare else self.empty(name, array.shape, array.dtype)
 
     def rng(self) -> np.random.Generator:
         """Return the layer's stream of random numbers, from its beginning at each call."""

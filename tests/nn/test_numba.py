@@ -81,6 +81,13 @@ def test_the_map_of_a_normalisation_its_sums_and_its_derivative_are_those_of_flo
         products, (X * DY).sum(axis=0), rtol=0, atol=TOLERANCE * np.abs(X * DY).sum(axis=0).max()
     )
     close(NUMBA.norm_combination(x, dy, a, b, c, out=np.empty_like(x), scratch=x), a * X + b * DY + c)
+    y = NUMBA.norm_affine_relu(x, a, b, out=np.empty_like(x))
+    close(y, np.maximum(X * a + b, 0))
+    g, positive = np.where(y > 0, dy, 0), np.empty(x.size, np.bool_)
+    expected = NUMBA.norm_sums(x, g)
+    for found, sums in zip(NUMBA.norm_relu_sums(x, y, dy, out=dy, positive=positive), expected, strict=True):
+        np.testing.assert_array_equal(found, sums)
+    np.testing.assert_array_equal(dy, g)
 
 
 @pytest.mark.parametrize("size", [1, 33, 5000])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 
@@ -27,6 +30,44 @@ def test_a_smaller_shape_gets_a_view_and_a_larger_one_new_memory() -> None:
     larger = workspace.empty("a", (5, 8), F4)
     assert not np.shares_memory(larger, large)
     assert workspace.nbytes == larger.nbytes
+
+
+def test_large_memory_serves_another_key_as_soon_as_nobody_refers_to_it() -> None:
+    workspace = Workspace()
+    large = workspace.empty("a", (64, 1024), F4)
+    assert large.ctypes.data % 64 == 0
+    place, part = large.ctypes.data, large[3:, ::2].T
+    del large
+    other = workspace.empty("a", (64, 1024), F4)
+    assert not np.shares_memory(other, part)
+    del part
+    assert workspace.empty("b", (32, 1024), F8).ctypes.data == place
+    assert workspace.nbytes == 2 * other.nbytes
+
+
+def test_large_memory_is_not_spent_on_what_would_leave_most_of_it_idle() -> None:
+    workspace = Workspace()
+    for size in (2**20, 2**17, 2**20):
+        workspace.empty("a", (size,), F4)
+    assert workspace.nbytes == 4 * (2**20 + 2**17)
+
+
+def test_threads_that_take_large_memory_at_once_never_get_the_same() -> None:
+    workspace, gate = Workspace(), Barrier(4)
+
+    def take(number: int) -> bool:
+        gate.wait()
+        whole = True
+        for turn in range(200):
+            mine = workspace.empty("a", (2**15,), F8)
+            mine[...] = number
+            other = workspace.empty("b", (2**14 + 2**12 * (turn % 3),), F8)
+            other[...] = -number
+            whole &= bool((mine == number).all())
+        return whole
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(take, range(4)))
 
 
 def test_a_steady_pass_takes_no_new_memory() -> None:

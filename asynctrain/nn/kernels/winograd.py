@@ -30,7 +30,9 @@ from asynctrain.nn.kernels.conv import Pair, overlap
 TILE = 4  # pixels of the output along each axis of a tile
 SEEN = 6  # of the input
 MARGIN = SEEN - TILE
-TILES = 96  # in a block, at most
+TILES = 192  # in a block, at most
+FEWEST = 64  # where filters are many, and their tiles would be too large for the cache
+TOGETHER = 4096  # tiles times filters: the fewer the filters, the more tiles at once
 
 
 class _Matrices(NamedTuple):
@@ -99,9 +101,9 @@ class Blocks:
 @lru_cache(maxsize=256)
 def blocks(output: Shape) -> Blocks:
     """Return the blocks for an ``output`` of shape (N, h, w, F)."""
-    N, h, w, _ = output
+    N, h, w, F = output
     down, across = -(-h // TILE), -(-w // TILE)
-    rows = max(1, TILES // across)
+    rows = max(1, min(TILES, max(FEWEST, TOGETHER // F)) // across)
     return Blocks(min(N, max(1, rows // down)), min(rows, down), across, down)
 
 

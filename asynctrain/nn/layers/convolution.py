@@ -28,6 +28,7 @@ class _Seen(NamedTuple):
     shape: Shape  # of the image itself
     corner: conv.Pair  # the rows and columns of padding before the image
     algorithm: _Algorithm
+    tiles: Array | None = None  # of the image, transformed, where the algorithm keeps them
 
 
 @register_layer("conv2d")
@@ -51,6 +52,8 @@ class Conv2D(Layer):
         use_bias: whether there is a b; before a normalisation it is of no use.
         initializer: of the weight.
     """
+
+    leaves_output: ClassVar[bool] = True
 
     filters: int
     kernel_size: int | tuple[int, int] = 3
@@ -169,6 +172,7 @@ class Conv2D(Layer):
         y = scope.empty("y", (len(x), *self.output_shape(x.shape[1:])), x.dtype)
         algorithm = self._algorithm(y.shape, x.shape[3], scope.kernels)
         seen = self._pad(x, scope, algorithm)
+        seen = seen._replace(tiles=algorithm.tiles(x.shape[3], y, scope))
         bias = params["bias"] if self.use_bias else None
         algorithm.forward(seen, params["weight"], bias, self.geometry, y, scope)
         return y, seen
@@ -201,6 +205,10 @@ class _Algorithm:
     """One way to convolve: gives the kernels their scratch memory."""
 
     pads: ClassVar[bool]  # whether the kernels take the image with its padding
+
+    def tiles(self, channels: int, y: Array, scope: Scope) -> Array | None:
+        """Return memory for the image's tiles, transformed, if training keeps them for the weight gradient."""
+        return None
 
     def forward(
         self, seen: _Seen, weight: Array, bias: Array | None, geometry: conv.Geometry, y: Array, scope: Scope
@@ -294,7 +302,7 @@ class _Winograd(_Algorithm):
             spectrum=spectrum,
             scratch=scratch,
             bias=bias,
-            seen=self._kept(seen, y, scope),
+            seen=seen.tiles,
         )
 
     def backward_input(
@@ -323,14 +331,13 @@ class _Winograd(_Algorithm):
             spectrum=spectrum,
             partial=partial,
             scratch=scratch,
-            seen=self._kept(seen, dy, scope),
+            seen=seen.tiles,
         )
 
-    def _kept(self, seen: _Seen, y: Array, scope: Scope) -> Array | None:
-        """Return memory for the image's tiles, transformed, which training keeps from the forward pass."""
-        if not scope.train:
+    def tiles(self, channels: int, y: Array, scope: Scope) -> Array | None:
+        if not (scope.train and scope.kernels.winograd_keeps_tiles):
             return None
-        return scope.empty("seen", winograd.blocks(y.shape).seen(len(y), seen.shape[3]), y.dtype)
+        return scope.empty("seen", winograd.blocks(y.shape).seen(len(y), channels), y.dtype)
 
     def _buffers(
         self, suffix: str, output: Shape, channels: int, dtype: np.dtype[Any], scope: Scope

@@ -19,6 +19,7 @@ from asynctrain.nn.layers.activation import LeakyReLU, ReLU
 from asynctrain.nn.layers.base import Layer
 from asynctrain.nn.layers.convolution import Conv2D
 from asynctrain.nn.layers.dense import Dense
+from asynctrain.nn.layers.normalization import BatchNorm, RectifiedNorm
 from asynctrain.nn.layers.pooling import MaxPool2D
 from asynctrain.nn.scope import Scope
 from asynctrain.types import Params
@@ -61,6 +62,9 @@ def _fused(children: Mapping[str, Layer], input_shape: Shape) -> Iterator[NamedL
                 left = [*([] if rectify else between), *left[len(between) + 1 :]]
         elif type(layer) is Dense and kinds[:1] == [ReLU]:
             layer = RectifiedDense(layer)
+            left = left[1:]
+        elif type(layer) is BatchNorm and kinds[:1] == [ReLU]:
+            layer = RectifiedNorm(layer)
             left = left[1:]
         yield name, layer
         input_shape = layer.output_shape(input_shape)

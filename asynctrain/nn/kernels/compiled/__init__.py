@@ -25,9 +25,12 @@ class NumbaKernels(Kernels):
 
     norm_moments = staticmethod(norm.moments)
     norm_affine = staticmethod(norm.affine)
+    norm_affine_relu = staticmethod(norm.affine_relu)
     norm_sums = staticmethod(norm.sums)
+    norm_relu_sums = staticmethod(norm.relu_sums)
     norm_combination = staticmethod(norm.combination)
 
+    winograd_keeps_tiles: ClassVar[bool] = False  # to transform them again takes less time than to store them
     winograd_pays = staticmethod(winograd.pays)
     winograd_correlate = staticmethod(winograd.correlate)
     winograd_correlate_backward_input = staticmethod(winograd.correlate_backward_input)

@@ -96,6 +96,53 @@ def _affine(x: Array, factor: Array, offset: Array, y: Array) -> None:
             y[r, c] = x[r, c] * factor[c] + offset[c]
 
 
+def affine_relu(x: Array, factor: Array, offset: Array, *, out: Array) -> Array:
+    """Write y = max(x factor + offset, 0) into ``out`` (R, C) and return it; the coefficients are (C,)."""
+    wide_x, wide_out = _wide(x, out)
+    _affine_relu(wide_x, _repeated(factor, x), _repeated(offset, x), wide_out)
+    return out
+
+
+@compiled
+def _affine_relu(x: Array, factor: Array, offset: Array, y: Array) -> None:
+    zero = x.dtype.type(0)
+    for r in range(len(x)):
+        for c in range(x.shape[1]):
+            value = x[r, c] * factor[c] + offset[c]
+            y[r, c] = zero if value < zero else value  # noqa: FURB136 - max would lose a NaN
+
+
+def relu_sums(x: Array, y: Array, dy: Array, *, out: Array, positive: Array) -> tuple[Array, Array]:
+    """Write g = dy [y > 0] into ``out``, which may be dy, and return sum_r g[r] and sum_r g[r] x[r], (C,) float64.
+
+    All arrays are (R, C); ``positive`` is not used.
+    """
+    channels = x.shape[1]
+    wide_x, wide_y, wide_dy, wide_out = _wide(x, y, dy, out)
+    totals, block = np.zeros((2, wide_x.shape[1])), np.empty((2, wide_x.shape[1]), x.dtype)
+    _relu_sums(wide_x, wide_y, wide_dy, wide_out, totals, block)
+    plain, products = totals.reshape(2, -1, channels).sum(axis=1)
+    return plain, products
+
+
+@compiled
+def _relu_sums(x: Array, y: Array, dy: Array, g: Array, totals: Array, block: Array) -> None:
+    """Write g and add to ``totals`` (2, columns); ``block`` is scratch in that shape."""
+    plain, products = block[0], block[1]
+    zero = x.dtype.type(0)
+    for start in range(0, len(x), BLOCK):
+        block[:] = 0
+        for r in range(start, min(len(x), start + BLOCK)):
+            for c in range(x.shape[1]):
+                gradient = dy[r, c] if y[r, c] > zero else zero
+                g[r, c] = gradient
+                plain[c] += gradient
+                products[c] += gradient * x[r, c]
+        for c in range(x.shape[1]):
+            totals[0, c] += plain[c]
+            totals[1, c] += products[c]
+
+
 def sums(x: Array, dy: Array) -> tuple[Array, Array]:
     """Return sum_r dy[r] and sum_r dy[r] x[r] of arrays (R, C), each (C,) float64."""
     channels = x.shape[1]
@@ -143,5 +190,7 @@ def warm_up(dtype: np.dtype[Any]) -> None:
     x, c = np.zeros((1, 1), dtype), np.zeros(1)
     moments(x, scratch=x)
     affine(x, c, c, out=x)
+    affine_relu(x, c, c, out=x)
     sums(x, x)
+    relu_sums(x, x, x, out=x, positive=x)
     combination(x, x, c, c, c, out=x, scratch=x)
