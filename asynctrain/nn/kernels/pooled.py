@@ -115,11 +115,6 @@ class Plan:
         return min(self.maxima[0], max(1, BLOCK_BYTES // one))
 
     @cached_property
-    def hits(self) -> Shape:
-        """(rows, p, F, w N): the ridges of a block."""
-        return self.rows_at_once, *self.ridges[1:]
-
-    @cached_property
     def columns(self) -> Shape:
         """(rows, kh + p - 1, kw + q - 1, C, w N): the patches of a block."""
         return self.rows_at_once, self.patch[0], *self.bands[1:]
@@ -207,9 +202,7 @@ def correlate(
     return np.maximum(out, 0, out=out) if rectify else out
 
 
-def spread_maxima(
-    slices: Array, ridges: Array, top: Array, y: Array, dy: Array, plan: Plan, *, hits: Array, rectify: bool
-) -> Array:
+def spread_maxima(slices: Array, ridges: Array, top: Array, y: Array, dy: Array, plan: Plan, *, rectify: bool) -> Array:
     """Overwrite ``slices`` with their gradient and return them: each dy goes to its maximum.
 
     Of equals the first in row order takes it: first the row of the window that has the maximum, and there the place.
@@ -221,18 +214,16 @@ def spread_maxima(
         y: (h, F, w, N), of any strides, as ``correlate`` wrote it.
         dy: (h, F, w, N), of any strides, the gradient of y.
         plan: the shapes.
-        hits: bool scratch of shape ``plan.hits``.
         rectify: as in ``correlate``.
     """
     for rows in plan.blocks:
-        struck = hits[: rows.stop - rows.start]
         rows_of_window = ridges[rows].swapaxes(0, 1)
         places = slices[rows].transpose(2, 0, 1, 3, 4)
-        _mark(places, ridges[rows], struck)
-        _mark(rows_of_window, top[rows], struck[:, 0])
+        _mark(places, ridges[rows])
+        _mark(rows_of_window, top[rows])
         gradient = top[rows].reshape(dy[rows].shape)
         if rectify:
-            np.copyto(gradient, np.greater(y[rows], 0, out=struck[:, 0].reshape(gradient.shape)))
+            np.greater(y[rows], 0, out=gradient)
             np.multiply(gradient, dy[rows], out=gradient)
         else:
             np.copyto(gradient, dy[rows])
@@ -241,10 +232,10 @@ def spread_maxima(
     return slices
 
 
-def _mark(parts: Array, largest: Array, hit: Array) -> None:
+def _mark(parts: Array, largest: Array) -> None:
     """Overwrite all parts but the last with 1 where they are the largest and 0 elsewhere."""
     for part in parts[:-1]:
-        np.copyto(part, np.equal(part, largest, out=hit))
+        np.equal(part, largest, out=part)
 
 
 def _deal(parts: Array, left: Array) -> None:

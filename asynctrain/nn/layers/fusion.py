@@ -173,7 +173,6 @@ class PooledConv2D(Layer):
             _as_planes(saved.y),
             _as_planes(dy),
             plan,
-            hits=scope.empty("hits", plan.hits, np.dtype(np.bool_)),
             rectify=self.rectify,
         )
         return super().backward(params, saved, dy, scope, need_input)
@@ -229,7 +228,10 @@ class PooledConv2D(Layer):
         if self.takes_planes and corner == (0, 0) and (x.shape[1] >= H and x.shape[2] >= W):
             return _as_planes(x)
         planes = scope.empty("planes", plan.planes, x.dtype)
-        conv.place(x, corner, (1, 1), out=_as_images(planes))
+        planes.fill(0)  # all of it: in few channels that is less work than to find the margins
+        rows, from_rows = conv.overlap(x.shape[1], H, corner[0])
+        columns, from_columns = conv.overlap(x.shape[2], W, corner[1])
+        np.copyto(_as_images(planes)[:, rows, columns], x[:, from_rows, from_columns])
         return planes
 
 
@@ -272,7 +274,7 @@ class RectifiedDense(Layer):
     def backward(self, params: Params, saved: _Dealt, dy: Array, scope: Scope, need_input: bool = True) -> Array | None:
         """dy goes through the ReLU first: weight and input gradients both take what comes through."""
         scope.check()
-        dz = scope.empty("dz", dy.shape, dy.dtype)
+        dz = scope.over("dz", dy)
         positive = scope.empty("positive", dy.shape, np.dtype(np.bool_))
         dense.rectifier_backward(saved.y, dy, out=dz, positive=positive)
         return super().backward(params, saved, dz, scope, need_input)
