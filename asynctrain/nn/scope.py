@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 from threading import Lock
-from typing import NamedTuple
 from weakref import ref
 from zlib import crc32
 
@@ -19,9 +19,9 @@ from asynctrain.nn.kernels.backend import NUMPY, Kernels
 from asynctrain.types import Params
 
 HUGE_PAGE = 2**21  # bytes
+SLAB = 2**27  # bytes that are asked of the system at a time, at least; what is never touched takes no memory
 LENT = 2**16  # bytes: buffers from here on are lent, smaller ones are kept under their keys
-GRAIN = 2**16  # bytes: memory to lend comes in multiples of it
-SLACK = 2  # times what was asked for: memory that is larger is left for others
+GRAIN = 2**12  # bytes: what is lent comes in multiples of it
 
 Job = Callable[[], None]
 
@@ -34,12 +34,44 @@ def _at_once(job: Job) -> None:
     job()
 
 
-class _Block(NamedTuple):
-    """A piece of memory to lend."""
+class _Slab:
+    """Memory of the system's, from the beginning of a huge page on, and which stretches of it are free.
 
-    memory: mmap.mmap
-    start: int  # its first byte that is used
-    home: list[_Block]  # the free blocks of its size
+    With small pages a pass spends a twentieth of its time on finding them.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.memory = _anonymous(size + HUGE_PAGE)
+        self.start = -np.frombuffer(self.memory, np.uint8).ctypes.data % HUGE_PAGE
+        with suppress(AttributeError, OSError):  # a system that knows no huge pages
+            self.memory.madvise(mmap.MADV_HUGEPAGE, self.start, size)
+        self.touched = 0  # bytes, from the start on
+        self._free = [(0, size)]  # first byte and end, in order, never side by side
+
+    def take(self, size: int) -> int | None:
+        """Return the first place where there is room, or None."""
+        for index, (first, end) in enumerate(self._free):
+            if end - first >= size:
+                self._free[index : index + 1] = [(first + size, end)] if end - first > size else []
+                self.touched = max(self.touched, first + size)
+                return first
+        return None
+
+    def give_back(self, first: int, size: int) -> None:
+        """Make a stretch that was taken free, one with those beside it."""
+        end, index = first + size, bisect_left(self._free, (first,))
+        following = index
+        if index < len(self._free) and self._free[index][0] == end:
+            end, following = self._free[index][1], index + 1
+        if index > 0 and self._free[index - 1][1] == first:
+            index, first = index - 1, self._free[index - 1][0]
+        self._free[index:following] = [(first, end)]
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_PRIVATE"):  # what is shared gets no huge pages
+        return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
 
 
 class Workspace:
@@ -54,15 +86,15 @@ class Workspace:
     several threads, as each takes its buffers under keys of its own.
     """
 
-    __slots__ = ("_free", "_growing", "_lent", "_memory", "_sizes", "_views")
+    __slots__ = ("_lent", "_memory", "_returned", "_slabs", "_taking", "_views")
 
     def __init__(self) -> None:
         self._memory: dict[str, Array] = {}
         self._views: dict[str, Array] = {}
-        self._free: dict[int, list[_Block]] = {}
-        self._sizes: tuple[int, ...] = ()  # of all blocks, in order
-        self._lent: dict[int, tuple[_Block, ref[Array]]] = {}
-        self._growing = Lock()
+        self._slabs: list[_Slab] = []
+        self._lent: dict[tuple[_Slab, int], ref[Array]] = {}
+        self._returned: deque[tuple[_Slab, int, int]] = deque()  # since memory was taken last
+        self._taking = Lock()
 
     def empty(self, key: str, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
         """Return a C-contiguous array, aligned to 64 bytes, its contents undefined.
@@ -75,60 +107,46 @@ class Workspace:
             return view
         size = prod(shape) * dtype.itemsize
         if size >= LENT:
-            return self._lend(shape, dtype, self._block(size))
+            return self._lend(shape, dtype, -(-size // GRAIN) * GRAIN)
         memory = self._memory.get(key)
         if memory is None or memory.nbytes < size:
             memory = self._memory[key] = aligned_empty((size,), np.uint8)
         view = self._views[key] = memory[:size].view(dtype).reshape(shape)
         return view
 
-    def _lend(self, shape: Shape, dtype: np.dtype[np.generic], block: _Block) -> Array:
-        """Return an array in the block, which comes home with the last reference to it; its views refer to it too."""
-        array: Array = np.ndarray(shape, dtype, block.memory, block.start)
-        lent, key = self._lent, id(block)
+    def _lend(self, shape: Shape, dtype: np.dtype[np.generic], size: int) -> Array:
+        """Return an array whose memory comes back with the last reference to it; its views refer to it too."""
+        with self._taking:
+            slab, first = self._take(size)
+        array: Array = np.ndarray(shape, dtype, slab.memory, slab.start + first)
+        lent, returned = self._lent, self._returned
 
-        def come_home(_: ref[Array]) -> None:
-            del lent[key]
-            block.home.append(block)
+        def come_back(_: ref[Array]) -> None:  # called anywhere, by any thread: it takes no lock
+            del lent[slab, first]
+            returned.append((slab, first, size))
 
-        lent[key] = block, ref(array, come_home)
+        lent[slab, first] = ref(array, come_back)
         return array
 
-    def _block(self, size: int) -> _Block:
-        """Return the free block that fits best, the one used last if there are several, or a new one."""
-        sizes = self._sizes
-        for capacity in sizes[bisect_left(sizes, size) :]:
-            if capacity > SLACK * size:
-                break
-            with suppress(IndexError):
-                return self._free[capacity].pop()
-        capacity = -(-size // GRAIN) * GRAIN
-        with self._growing:
-            home = self._free.setdefault(capacity, [])
-            self._sizes = tuple(sorted([*self._sizes, capacity]))
-        return _Block(*_mapped(capacity), home)
+    def _take(self, size: int) -> tuple[_Slab, int]:
+        """Return where there is room for so many bytes."""
+        while self._returned:
+            slab, first, length = self._returned.popleft()
+            slab.give_back(first, length)
+        for slab in self._slabs:
+            first_fit = slab.take(size)
+            if first_fit is not None:
+                return slab, first_fit
+        self._slabs.append(_Slab(max(size, SLAB)))
+        return self._take(size)
 
     @property
     def nbytes(self) -> int:
         """The bytes held."""
-        return sum(memory.nbytes for memory in self._memory.values()) + sum(self._sizes)
+        return sum(memory.nbytes for memory in self._memory.values()) + sum(slab.touched for slab in self._slabs)
 
     def __repr__(self) -> str:
-        return f"<Workspace {len(self._memory) + len(self._sizes)} buffers, {self.nbytes / 2**20:.1f} MiB>"
-
-
-def _mapped(size: int) -> tuple[mmap.mmap, int]:
-    """Return ``size`` bytes of memory of the system's and where in it they begin, at a huge page if they are many.
-
-    With small pages a pass spends a twentieth of its time on finding them. What is never touched takes no memory.
-    """
-    if size < HUGE_PAGE // 2:
-        return mmap.mmap(-1, size), 0
-    memory = mmap.mmap(-1, size + 2 * HUGE_PAGE)
-    start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
-    if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE, start, round(size / HUGE_PAGE) * HUGE_PAGE)
-    return memory, start
+        return f"<Workspace {self.nbytes / 2**20:.1f} MiB, {len(self._lent)} arrays lent>"
 
 
 class Scope:

@@ -8,7 +8,9 @@ from threading import Barrier
 import numpy as np
 import pytest
 
+from asynctrain.arena import Array
 from asynctrain.nn import Conv2D, Dense, Flatten, MaxPool2D, Model, ReLU, Scope, Workspace
+from asynctrain.nn.scope import SLAB
 
 F4, F8 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -45,11 +47,28 @@ def test_large_memory_serves_another_key_as_soon_as_nobody_refers_to_it() -> Non
     assert workspace.nbytes == 2 * other.nbytes
 
 
-def test_large_memory_is_not_spent_on_what_would_leave_most_of_it_idle() -> None:
+def test_lent_memory_is_never_in_two_arrays_and_becomes_one_again() -> None:
+    workspace, rng = Workspace(), np.random.default_rng(0)
+    held: dict[int, Array] = {}
+    for number in range(400):
+        held[number] = workspace.empty("a", (int(rng.integers(2**14, 2**17)),), F4)
+        held[number].fill(number)
+        for gone in rng.choice(list(held), len(held) // 8, replace=False):
+            del held[gone]
+    assert all((array == number).all() for number, array in held.items())
+    held.clear()
+    most = workspace.nbytes
+    whole = workspace.empty("a", (most,), np.dtype(np.uint8))
+    assert workspace.nbytes == whole.nbytes == most
+
+
+def test_memory_that_no_slab_has_room_for_is_asked_of_the_system() -> None:
     workspace = Workspace()
-    for size in (2**20, 2**17, 2**20):
-        workspace.empty("a", (size,), F4)
-    assert workspace.nbytes == 4 * (2**20 + 2**17)
+    first, second = (workspace.empty(name, (SLAB // 2 + 4096,), np.dtype(np.uint8)) for name in "ab")
+    larger = workspace.empty("c", (SLAB + 1,), np.dtype(np.uint8))
+    assert len({array.ctypes.data for array in (first, second, larger)}) == 3
+    assert not np.shares_memory(first, second)
+    assert workspace.nbytes == 2 * first.nbytes + SLAB + 4096
 
 
 def test_threads_that_take_large_memory_at_once_never_get_the_same() -> None:
@@ -58,12 +77,11 @@ def test_threads_that_take_large_memory_at_once_never_get_the_same() -> None:
     def take(number: int) -> bool:
         gate.wait()
         whole = True
-        for turn in range(200):
-            mine = workspace.empty("a", (2**15,), F8)
-            mine[...] = number
-            other = workspace.empty("b", (2**14 + 2**12 * (turn % 3),), F8)
-            other[...] = -number
-            whole &= bool((mine == number).all())
+        for turn in range(3000):
+            mine = workspace.empty("a", (2**13 + 2**9 * (turn % 3),), F8)
+            mine[0] = number
+            workspace.empty("b", (2**13,), F8)[0] = -1
+            whole &= bool(mine[0] == number)
         return whole
 
     with ThreadPoolExecutor(4) as threads:
@@ -117,5 +135,5 @@ def test_reprs_tell_the_state() -> None:
     workspace = Workspace()
     scope = Scope(workspace, train=True)
     scope.child("conv1").empty("y", (2**18,), F4)
-    assert repr(workspace) == "<Workspace 1 buffers, 1.0 MiB>"
+    assert repr(workspace) == "<Workspace 1.0 MiB, 0 arrays lent>"
     assert repr(scope.child("conv1")) == "<Scope conv1, training>"
