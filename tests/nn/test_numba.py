@@ -29,7 +29,7 @@ from asynctrain.nn.kernels.compiled import winograd as compiled_winograd
 from asynctrain.nn.kernels.compiled.jit import compiled
 from asynctrain.nn.kernels.pool import Span
 from asynctrain.testing import check_gradients
-from asynctrain.types import GradientWork, Program
+from asynctrain.types import ForwardWork, GradientWork, Program
 
 MODULES: tuple[ModuleType, ...] = (activations, norm, pool, compiled_winograd)
 TOLERANCE = 1e-5  # relative to the largest
@@ -211,6 +211,13 @@ def gradients(of: Program) -> Array:
     return GradientWorker(of).gradients(params, work(), StopFlag()).gradients.vector.copy()
 
 
+def predictions(of: Program) -> Array:
+    """Return a model's outputs for parameters that refuse to be written, as those of a snapshot do."""
+    model = nn.Model.from_json(of.architecture)
+    params, state = model.init(0, of.dtype).read_only(), model.init_state().read_only()
+    return GradientWorker(of).forward(params, state, ForwardWork(work().images), StopFlag()).outputs
+
+
 @pytest.mark.parametrize("name", ["resnet8", "vgg_small"])
 def test_the_same_work_gives_the_same_bits_each_time(name: str) -> None:
     first = gradients(program(name))
@@ -323,6 +330,7 @@ def test_after_warming_up_nothing_is_left_to_compile(dtype: str) -> None:
     compiled_before = {kernel: len(kernel.signatures) for kernel in dispatchers()}
     for name in ("resnet8", "vgg_small", "lenet"):
         gradients(program(name, dtype=dtype))
+        predictions(program(name, dtype=dtype))
     assert {kernel: len(kernel.signatures) for kernel in dispatchers()} == compiled_before
 
 
