@@ -119,7 +119,7 @@ def relu_sums(x: Array, y: Array, dy: Array, *, out: Array, positive: Array) -> 
     """
     channels = x.shape[1]
     wide_x, wide_y, wide_dy, wide_out = _wide(x, y, dy, out)
-    totals, block = np.zeros((2, wide_x.shape[1])), np.empty((2, wide_x.shape[1]), x.dtype)
+    totals, block = np.zeros((2, wide_x.shape[1])), np.empty((3, wide_x.shape[1]), x.dtype)
     _relu_sums(wide_x, wide_y, wide_dy, wide_out, totals, block)
     plain, products = totals.reshape(2, -1, channels).sum(axis=1)
     return plain, products
@@ -127,17 +127,21 @@ def relu_sums(x: Array, y: Array, dy: Array, *, out: Array, positive: Array) -> 
 
 @compiled
 def _relu_sums(x: Array, y: Array, dy: Array, g: Array, totals: Array, block: Array) -> None:
-    """Write g and add to ``totals`` (2, columns); ``block`` is scratch in that shape."""
-    plain, products = block[0], block[1]
+    """Write g and add to ``totals`` (2, columns); ``block`` is scratch (3, columns).
+
+    A row of g is made in scratch: the compiler makes vectors only of loops that do not write what they read.
+    """
+    plain, products, row = block[0], block[1], block[2]
     zero = x.dtype.type(0)
     for start in range(0, len(x), BLOCK):
         block[:] = 0
         for r in range(start, min(len(x), start + BLOCK)):
             for c in range(x.shape[1]):
-                gradient = dy[r, c] if y[r, c] > zero else zero
-                g[r, c] = gradient
-                plain[c] += gradient
-                products[c] += gradient * x[r, c]
+                row[c] = dy[r, c] if y[r, c] > zero else zero
+            for c in range(x.shape[1]):
+                g[r, c] = row[c]
+                plain[c] += row[c]
+                products[c] += row[c] * x[r, c]
         for c in range(x.shape[1]):
             totals[0, c] += plain[c]
             totals[1, c] += products[c]
@@ -180,9 +184,12 @@ def combination(x: Array, dy: Array, of_x: Array, of_dy: Array, offset: Array, *
 
 @compiled
 def _combination(x: Array, dy: Array, of_x: Array, of_dy: Array, offset: Array, dx: Array) -> None:
+    row = np.empty_like(of_x)  # as above: dx may be dy
     for r in range(len(x)):
         for c in range(x.shape[1]):
-            dx[r, c] = of_x[c] * x[r, c] + (of_dy[c] * dy[r, c] + offset[c])
+            row[c] = of_x[c] * x[r, c] + (of_dy[c] * dy[r, c] + offset[c])
+        for c in range(x.shape[1]):
+            dx[r, c] = row[c]
 
 
 def warm_up(dtype: np.dtype[Any]) -> None:
