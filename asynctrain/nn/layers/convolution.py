@@ -12,7 +12,7 @@ import numpy as np
 
 from asynctrain.arena import Array, Shape
 from asynctrain.nn import initializers
-from asynctrain.nn.kernels import conv, depthwise, winograd
+from asynctrain.nn.kernels import conv, winograd
 from asynctrain.nn.kernels.backend import NUMPY, Kernels
 from asynctrain.nn.layers.base import Layer, Parameter, check_integer, pair, register_layer, times
 from asynctrain.nn.scope import Scope
@@ -233,7 +233,7 @@ class _Columns(_Algorithm):
         self, seen: _Seen, weight: Array, bias: Array | None, geometry: conv.Geometry, y: Array, scope: Scope
     ) -> Array:
         columns = _columns("columns", y.shape, geometry, seen.x, scope)
-        return conv.correlate(seen.x, weight, geometry, out=y, columns=columns, bias=bias)
+        return scope.kernels.conv_correlate(seen.x, weight, geometry, out=y, columns=columns, bias=bias)
 
     def backward_input(
         self, seen: _Seen, weight: Array, dy: Array, geometry: conv.Geometry, dx: Array, scope: Scope
@@ -241,9 +241,9 @@ class _Columns(_Algorithm):
         if geometry.stride != (1, 1):
             columns = _columns("columns_of_dx", dy.shape, geometry, seen.x, scope)
             padded = scope.empty("padded_dx", seen.x.shape, dy.dtype)
-            return conv.scatter(weight, dy, seen.corner, geometry, out=dx, padded=padded, columns=columns)
+            return scope.kernels.conv_scatter(weight, dy, seen.corner, geometry, out=dx, padded=padded, columns=columns)
         padded = _spread(dy, geometry, dx, scope)
-        return conv.correlate_backward_input(
+        return scope.kernels.conv_correlate_backward_input(
             weight,
             dy,
             seen.corner,
@@ -257,7 +257,9 @@ class _Columns(_Algorithm):
     def backward_params(self, seen: _Seen, dy: Array, geometry: conv.Geometry, dweight: Array, scope: Scope) -> Array:
         columns = _columns("columns", dy.shape, geometry, seen.x, scope)
         partial = scope.empty("partial", dweight.shape, dy.dtype)
-        return conv.correlate_backward_params(seen.x, dy, geometry, out=dweight, columns=columns, partial=partial)
+        return scope.kernels.conv_correlate_backward_params(
+            seen.x, dy, geometry, out=dweight, columns=columns, partial=partial
+        )
 
 
 class _Depthwise(_Algorithm):
@@ -269,20 +271,20 @@ class _Depthwise(_Algorithm):
         self, seen: _Seen, weight: Array, bias: Array | None, geometry: conv.Geometry, y: Array, scope: Scope
     ) -> Array:
         repeated = scope.empty("repeated", (*geometry.window, *y.shape[2:]), y.dtype)
-        return depthwise.correlate(seen.x, weight, geometry, out=y, repeated=repeated, bias=bias)
+        return scope.kernels.depthwise_correlate(seen.x, weight, geometry, out=y, repeated=repeated, bias=bias)
 
     def backward_input(
         self, seen: _Seen, weight: Array, dy: Array, geometry: conv.Geometry, dx: Array, scope: Scope
     ) -> Array:
         repeated = scope.empty("repeated_for_dx", (*geometry.window, *dx.shape[2:]), dy.dtype)
         spread = _spread(dy, geometry, dx, scope)
-        return depthwise.correlate_backward_input(
+        return scope.kernels.depthwise_correlate_backward_input(
             weight, dy, seen.corner, geometry, out=dx, spread=spread, repeated=repeated
         )
 
     def backward_params(self, seen: _Seen, dy: Array, geometry: conv.Geometry, dweight: Array, scope: Scope) -> Array:
         partial = scope.empty("partial", (len(dy), *geometry.window, dy.shape[3]), dy.dtype)
-        return depthwise.correlate_backward_params(seen.x, dy, geometry, out=dweight, partial=partial)
+        return scope.kernels.depthwise_correlate_backward_params(seen.x, dy, geometry, out=dweight, partial=partial)
 
 
 class _Winograd(_Algorithm):
