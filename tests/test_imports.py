@@ -25,7 +25,7 @@ _version             |
 _aio                 | errors asyncio
 _files               |
 nn                   | {GROUND} numpy
-nn.kernels.compiled  | {GROUND} nn.kernels numpy numba
+nn.kernels.compiled  | {GROUND} nn.kernels numpy numba llvmlite
 optim                | {GROUND} numpy
 data                 | {GROUND} _aio _files numpy asyncio PIL aiofiles fsspec imagecodecs simplejpeg
 executors.blas       | {GROUND} threadpoolctl

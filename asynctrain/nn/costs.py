@@ -77,12 +77,13 @@ class Costs:
 
     @property
     def activation_bytes(self) -> int:
-        """The bytes that one microbatch's forward pass leaves for the backward pass.
+        """The bytes that one microbatch's forward pass leaves for the backward pass, at most.
 
-        Each layer is counted as if it was computed by itself; a convolution that is computed together with the pooling
-        of its outputs leaves fewer. In training the gradients of activations and the kernels' scratch come on top. For
-        the small ready-made models in microbatches of 32 that makes about two to four times as many in all; where the
-        parameters take more bytes than the activations it is more, as part of the scratch is as large as they are.
+        Each layer is counted as if it was computed by itself; what the next one writes over, or is computed together
+        with, leaves fewer. The gradients of activations go where activations are no longer needed, so that training the
+        small ready-made models in microbatches of 32 takes about as many in all, scratch included, or up to twice as
+        many; where the parameters take more bytes than the activations it is more, as part of the scratch is as large
+        as they are.
         """
         return self.microbatch * self.itemsize * sum(row.activations for row in self.rows)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ from asynctrain.nn import (
     Workspace,
     layer_from_json,
 )
+from asynctrain.nn.layers import Parameter
 from asynctrain.testing import check_gradients
+from asynctrain.types import Params
 
 IDENTITY = Sequential([])
 
@@ -109,6 +112,70 @@ def test_jobs_run_after_the_chain_in_any_order_give_the_bits_of_jobs_run_at_once
         job()
     at_once, _, _ = passed(model)
     assert digest(later) == digest(at_once)
+
+
+@dataclass(frozen=True)
+class _Shift(Layer):
+    """y = x + b, of somebody's own: dx is dy itself, which the job of db reads, perhaps later."""
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        return input_shape
+
+    def parameters(self, input_shape: Shape) -> dict[str, Parameter]:
+        return {"bias": Parameter(input_shape, "zeros")}
+
+    def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, None]:
+        return x + params["bias"], None
+
+    def backward_input(self, params: Params, saved: None, dy: Array, scope: Scope) -> Array:
+        return dy
+
+    def backward_params(self, params: Params, saved: None, dy: Array, scope: Scope) -> None:
+        scope.gradient("bias")[...] = dy.sum(axis=0)
+
+
+WRITING: list[Sequence[Layer]] = [
+    [Dense(4), ReLU(), _Shift(), Dense(4)],
+    [Dense(4), ReLU(), Sequential([_Shift()]), Dense(4)],
+    [Dense(4), ReLU(), Residual([_Shift()]), Dense(4)],
+    [Dense(4), Residual([_Shift(), ReLU(), _Shift()]), Dense(4)],
+    [Dense(4), Parallel([_Shift(), BatchNorm()], join="add"), ReLU()],
+    [Dense(4), Parallel([IDENTITY, Sequential([Dense(4)]), ReLU()], join="add"), ReLU(), Dense(4)],
+    [Dense(4), BatchNorm(), Dropout(0), ReLU(), Residual([BatchNorm(), ReLU()]), ReLU(), Dense(4)],
+    [Dense(4), Flatten(), ReLU(), Sequential([]), ReLU(), Flatten(), _Shift(), Dense(4)],
+]
+
+
+@pytest.mark.parametrize("layers", WRITING, ids=str)
+def test_what_is_written_over_is_needed_by_nobody_else(layers: Sequence[Layer]) -> None:
+    """Not by another branch, nor by a job to come: the same with every layer in buffers of its own."""
+    model, jobs = Model(layers, (3,)), list[Callable[[], None]]()
+    later, _, _ = passed(model, jobs.append, np.float64)
+    for job in jobs:
+        job()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scope, "over", lambda scope, name, array: scope.empty(name, array.shape, array.dtype))
+        apart, _, _ = passed(model, dtype=np.float64)
+    assert digest(later) == digest(apart)
+
+
+def test_arrays_are_written_over_where_nobody_else_needs_them() -> None:
+    written: list[str] = []
+    over = Scope.over
+
+    def recorded(scope: Scope, name: str, array: Array) -> Array:
+        result = over(scope, name, array)
+        if result is array:
+            written.append(f"{scope.path} {name}")
+        return result
+
+    model = Model([Dense(4), Residual([Dense(4), BatchNorm(), ReLU(), Dense(4), BatchNorm()]), ReLU(), Dense(2)], (3,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scope, "over", recorded)
+        passed(model)
+    assert written == [
+        "residual1/add y", "relu1 y", "relu1 dx", "residual1/main/batch_norm1 dx", "residual1 dx"
+    ]  # fmt: skip
 
 
 def test_a_residual_adds_what_its_layers_and_its_shortcut_give() -> None:

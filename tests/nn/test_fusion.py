@@ -26,7 +26,7 @@ from asynctrain.nn import (
     Workspace,
     models,
 )
-from asynctrain.nn.layers.fusion import PooledConv2D, fused
+from asynctrain.nn.layers.fusion import PooledConv2D, RectifiedDense, fused
 from asynctrain.testing import check_gradients
 
 Arrays = dict[str, Array]
@@ -39,6 +39,8 @@ CASES: list[tuple[list[Layer], Shape]] = [
     ([Conv2D(7, (1, 4), padding=((2, 0), (1, 3))), ReLU(), MaxPool2D((1, 2))], (3, 6, 2)),
     ([Conv2D(40, 2), ReLU(), MaxPool2D((3, 2))], (7, 5, 1)),  # more filters than numbers in a patch
     ([Conv2D(2), ReLU(), MaxPool2D(2)], (2, 3, 1)),
+    ([Conv2D(3, 5), ReLU(), MaxPool2D(2), Conv2D(4, 4, padding="valid"), ReLU(), MaxPool2D(2)], (19, 18, 2)),
+    ([Conv2D(3), MaxPool2D(2), Conv2D(2, (3, 4)), MaxPool2D(2), Conv2D(2, 2), LeakyReLU(), MaxPool2D(3)], (27, 25, 1)),
 ]
 each_case = pytest.mark.parametrize(("layers", "shape"), CASES, ids=[f"{layers}-{shape}" for layers, shape in CASES])
 
@@ -156,6 +158,16 @@ def test_a_steady_pass_allocates_nothing_large() -> None:
     assert peak < 2**20
 
 
+def test_a_dense_layer_and_its_relu_agree_with_one_after_the_other() -> None:
+    layers: list[Layer] = [Dense(7), ReLU()]
+    x, dy = drawn(layers, (5,), np.float64)
+    together, in_turn = passed(layers, x, dy), passed(apart(layers), x, dy)
+    assert (together["y"] == 0).any()
+    for name, expected in in_turn.items():
+        np.testing.assert_array_equal(together[name], expected, err_msg=name)
+    check_gradients(Sequential(layers), (5,))
+
+
 @dataclass(frozen=True)
 class _Falling(ReLU):
     """An activation of somebody's own, of which nothing is known."""
@@ -181,14 +193,19 @@ def test_what_would_be_wrong_or_slower_is_not_fused(layers: list[Layer], shape: 
     assert not is_fused(layers, shape)
 
 
-def test_lenet_is_fused_twice_and_each_other_layer_is_left_as_it_is() -> None:
+def test_lenet_is_fused_as_far_as_it_goes_and_each_other_layer_is_left_as_it_is() -> None:
     model = models.lenet(num_classes=10, image_shape=(28, 28, 1))
     steps = dict(fused(model.root.children, model.input_shape))
-    assert [name for name, step in steps.items() if isinstance(step, PooledConv2D)] == ["conv1", "conv2"]
-    assert list(model.root.children) == [
-        name for name in model.leaves if name in steps or name in ("max_pool1", "max_pool2")
-    ]
-    assert all(steps[name] is model.root.children[name] for name in steps if not name.startswith("conv"))
+    assert list(steps) == ["conv1", "conv2", "flatten1", "dense1", "dense2", "dense3"]
+    assert [type(step) for step in steps.values()][:5] == [PooledConv2D] * 2 + [Flatten] + [RectifiedDense] * 2
+    assert all(steps[name] is model.root.children[name] for name in ("flatten1", "dense3"))
+
+
+def test_only_neighbours_hand_planes_on() -> None:
+    layers = [Conv2D(2), MaxPool2D(2), Conv2D(2), ReLU(), MaxPool2D(2), Conv2D(2), LeakyReLU(), MaxPool2D(2)]
+    steps = [step for _, step in fused(Sequential([*layers, *layers[:2]]).children, (32, 32, 1))]
+    planes = [(step.takes_planes, step.gives_planes) for step in steps if isinstance(step, PooledConv2D)]
+    assert planes == [(False, True), (True, True), (True, False), (False, False)]
 
 
 def test_it_is_a_matter_of_execution_alone() -> None:

@@ -22,6 +22,7 @@ from asynctrain.nn import (
     ReLU,
     Scope,
     Sequential,
+    Tanh,
     Workspace,
     layer_from_json,
     layers,
@@ -187,9 +188,9 @@ def test_jobs_run_after_the_chain_in_any_order_give_the_bits_of_jobs_run_at_once
 def test_a_pass_is_checked_before_each_kernel_of_each_layer() -> None:
     recorder = Recorder()
     gradients(recorder)
-    forward = len(CNN.leaves) - 1  # the first convolution and the pooling of its outputs are one kernel
+    forward = len(CNN.leaves) - 2  # the first convolution, its ReLU and the pooling of its outputs are one kernel
     weight_gradients = len(CNN.layers_with_parameters)
-    input_gradients = len(CNN.leaves) - 1  # nobody wants the first layer's
+    input_gradients = forward  # nobody wants the first layer's, but those of its outputs are a kernel of their own
     assert recorder.checks == forward + weight_gradients + input_gradients
     assert len(recorder.jobs) == weight_gradients
 
@@ -217,8 +218,8 @@ def test_a_check_that_raises_stops_the_pass_before_the_next_kernel() -> None:
 
 def test_input_gradients_stop_at_the_first_layer_with_parameters() -> None:
     recorder = Recorder()
-    gradients(recorder, model=Model([Flatten(), Dropout(0.1), Dense(3), ReLU()], (4,)))
-    assert recorder.checks == 4 + 1 + 1  # forward, the weight gradient, the input gradient of ReLU
+    gradients(recorder, model=Model([Flatten(), Dropout(0.1), Dense(3), Tanh()], (4,)))
+    assert recorder.checks == 4 + 1 + 1  # forward, the weight gradient, the input gradient of Tanh
 
 
 def test_nothing_that_a_layer_is_handed_is_overwritten() -> None:

@@ -31,6 +31,8 @@ from asynctrain.nn import (
     layer_from_json,
 )
 from asynctrain.nn.kernels import norm
+from asynctrain.nn.layers.fusion import fused
+from asynctrain.nn.layers.normalization import RectifiedNorm
 from asynctrain.optim import initial_state
 from asynctrain.testing import check_gradients
 from asynctrain.train.state import TrainState
@@ -143,6 +145,39 @@ def test_the_gradient_in_float32_agrees_with_that_in_float64(shape: Shape) -> No
         np.testing.assert_allclose(dx, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
         for name, gradient in double.gradients.items():
             np.testing.assert_allclose(single.gradients[name], gradient, atol=3e-5 * np.abs(dy).size ** 0.5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4, 7), (33, 32, 32, 16)], ids=str)
+def test_a_norm_and_its_relu_agree_with_one_after_the_other(shape: Shape, train: bool) -> None:
+    x, found = images(shape, np.float64), []
+    for layers in ([BatchNorm(), ReLU()], [Sequential([BatchNorm()]), Sequential([ReLU()])]):
+        passes = Passes(Sequential(layers), shape[1:])
+        passes.state.vector[...] += np.random.default_rng(3).uniform(0, 1, passes.state.vector.shape)
+        scope = passes.scope(train=train)
+        y, saved = passes.model.forward(passes.params, x, scope)
+        dx = passes.model.root.backward(passes.params, saved, np.cos(x), scope)
+        assert dx is not None
+        assert (y == 0).any()
+        found.append({"y": y, "dx": dx, **passes.named(passes.gradients)})
+    for name, expected in found[1].items():
+        np.testing.assert_allclose(found[0][name], expected, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_a_norm_and_its_relu_are_one_and_of_a_relu_of_somebodys_own_nothing_is_known() -> None:
+    class Own(ReLU):
+        pass
+
+    steps = [step for _, step in fused({"a": BatchNorm(), "b": ReLU(), "c": BatchNorm(), "d": Own()}, (4,))]
+    assert steps == [RectifiedNorm(BatchNorm()), BatchNorm(), Own()]
+
+
+def test_a_block_far_from_all_others_costs_the_variance_few_digits() -> None:
+    """What all is centred by is the mean of the first block."""
+    x = np.random.default_rng(0).standard_normal((64 * 1024, 16)).astype(np.float32)
+    x[: norm.block_size(x) // 16] += 1000
+    _, variance = norm.moments(x, scratch=np.empty(norm.block_size(x), np.float32))
+    np.testing.assert_allclose(variance, x.astype(np.float64).var(axis=0), rtol=1e-5)
 
 
 def test_a_mean_far_from_zero_costs_the_variance_no_digits() -> None:

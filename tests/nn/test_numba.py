@@ -24,14 +24,14 @@ from asynctrain.executors.worker import GradientWorker, StopFlag
 from asynctrain.nn.kernels import backend, winograd
 from asynctrain.nn.kernels import pool as reference_pool
 from asynctrain.nn.kernels.backend import NUMPY, Kernels
-from asynctrain.nn.kernels.compiled import NUMBA, activations, norm, pool
+from asynctrain.nn.kernels.compiled import NUMBA, activations, conv, depthwise, norm, pool
 from asynctrain.nn.kernels.compiled import winograd as compiled_winograd
 from asynctrain.nn.kernels.compiled.jit import compiled
 from asynctrain.nn.kernels.pool import Span
 from asynctrain.testing import check_gradients
-from asynctrain.types import GradientWork, Program
+from asynctrain.types import ForwardWork, GradientWork, Program
 
-MODULES: tuple[ModuleType, ...] = (activations, norm, pool, compiled_winograd)
+MODULES: tuple[ModuleType, ...] = (activations, conv, depthwise, norm, pool, compiled_winograd)
 TOLERANCE = 1e-5  # relative to the largest
 SHAPES = [(7, 3), (4096, 16), (1000, 300), (30000, 1), (1, 5), (129, 64)]
 
@@ -81,6 +81,13 @@ def test_the_map_of_a_normalisation_its_sums_and_its_derivative_are_those_of_flo
         products, (X * DY).sum(axis=0), rtol=0, atol=TOLERANCE * np.abs(X * DY).sum(axis=0).max()
     )
     close(NUMBA.norm_combination(x, dy, a, b, c, out=np.empty_like(x), scratch=x), a * X + b * DY + c)
+    y = NUMBA.norm_affine_relu(x, a, b, out=np.empty_like(x))
+    close(y, np.maximum(X * a + b, 0))
+    g, positive = np.where(y > 0, dy, 0), np.empty(x.size, np.bool_)
+    expected = NUMBA.norm_sums(x, g)
+    for found, sums in zip(NUMBA.norm_relu_sums(x, y, dy, out=dy, positive=positive), expected, strict=True):
+        np.testing.assert_array_equal(found, sums)
+    np.testing.assert_array_equal(dy, g)
 
 
 @pytest.mark.parametrize("size", [1, 33, 5000])
@@ -172,7 +179,67 @@ def test_winograd_agrees_with_the_definition_in_float64(
         close(part, expected)
 
 
+class Counted:
+    """A kernel, and how often it was called."""
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        self.kernel, self.calls = kernel, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.kernel(*arguments)
+
+
+CONVOLUTIONS = [
+    (nn.Conv2D(16, 3), (7, 9, 3), {"_correlate", "_correlate_backward_params"}),
+    (nn.Conv2D(48, (3, 2), stride=2, padding=1), (9, 8, 16), {"_correlate", "_scatter", "_correlate_backward_params"}),
+    (nn.Conv2D(32, 1, stride=2), (7, 8, 16), {"_correlate", "_scatter", "_correlate_backward_params"}),
+    (nn.Conv2D(16, 5, padding="valid"), (9, 12, 16), {"_correlate", "_correlate_backward_params"}),
+    (nn.Conv2D(5, 3), (6, 6, 16), {"_correlate"}),  # its transpose; the rest is left to numpy
+    (nn.Conv2D(16, 3, dilation=2), (7, 7, 16), set()),
+    (nn.Conv2D(32, 3, groups=2), (7, 7, 16), set()),
+    (nn.Conv2D(32, 3, groups=32, stride=(2, 1)), (7, 6, 32), {"_correlate", "_correlate_backward_params"}),
+    (nn.Conv2D(16, 3, groups=16, dilation=2), (7, 6, 16), {"_correlate", "_correlate_backward_params"}),
+    (nn.Conv2D(5, 3, groups=5), (7, 6, 5), set()),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "used"), CONVOLUTIONS, ids=str)
+def test_convolutions_without_tiles_are_those_of_numpy_in_float64(
+    layer: nn.Conv2D, shape: tuple[int, ...], used: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = depthwise if layer.groups == layer.filters else conv
+    counted = {
+        name: Counted(value)
+        for name, value in vars(module).items()
+        if name.startswith("_") and hasattr(value, "py_func")  # the module's own, called from Python
+    }
+    for name, kernel in counted.items():
+        monkeypatch.setattr(module, name, kernel)
+    model = nn.Model([layer], shape)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, *shape)).astype(np.float32)
+    dy = rng.standard_normal((3, *model.output_shape)).astype(np.float32)
+    params = model.init(0)
+    params["conv1/bias"][...] = rng.standard_normal(layer.filters)
+    parts = []
+    for kernels, dtype in ((NUMBA, np.float32), (NUMPY, np.float64)):
+        gradients = model.layout(dtype).empty()
+        scope = nn.Scope(nn.Workspace(), train=True, gradients=gradients, kernels=kernels)
+        typed = {name: array.astype(dtype) for name, array in params.items()}
+        y, saved = model.forward(typed, x.astype(dtype), scope)
+        y = y.copy()
+        dx = model.root.backward(typed, saved, dy.astype(dtype), scope)
+        assert dx is not None
+        parts.append([y, dx, *gradients.values()])
+    for found, expected in zip(*parts, strict=True):
+        close(found, expected)
+    assert {name for name, kernel in counted.items() if kernel.calls} == used
+
+
 LAYERS = [
+    (nn.Conv2D(16, 3, stride=2), (5, 4, 16)),
+    (nn.Conv2D(16, 3, groups=16), (4, 3, 16)),
     (nn.BatchNorm(), (3, 2, 4)),
     (nn.ReLU(), (3, 5)),
     (nn.MaxPool2D(2), (4, 6, 3)),
@@ -202,6 +269,13 @@ def work() -> GradientWork:
 def gradients(of: Program) -> Array:
     params = nn.Model.from_json(of.architecture).init(0, of.dtype)
     return GradientWorker(of).gradients(params, work(), StopFlag()).gradients.vector.copy()
+
+
+def predictions(of: Program) -> Array:
+    """Return a model's outputs for parameters that refuse to be written, as those of a snapshot do."""
+    model = nn.Model.from_json(of.architecture)
+    params, state = model.init(0, of.dtype).read_only(), model.init_state().read_only()
+    return GradientWorker(of).forward(params, state, ForwardWork(work().images), StopFlag()).outputs
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg_small"])
@@ -314,8 +388,9 @@ def test_every_kernel_lets_go_of_the_interpreter() -> None:
 def test_after_warming_up_nothing_is_left_to_compile(dtype: str) -> None:
     NUMBA.warm_up(dtype)
     compiled_before = {kernel: len(kernel.signatures) for kernel in dispatchers()}
-    for name in ("resnet8", "vgg_small", "lenet"):
+    for name in ("resnet8", "vgg_small", "lenet", "mobilenet"):
         gradients(program(name, dtype=dtype))
+        predictions(program(name, dtype=dtype))
     assert {kernel: len(kernel.signatures) for kernel in dispatchers()} == compiled_before
 
 

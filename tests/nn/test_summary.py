@@ -21,6 +21,7 @@ from asynctrain.nn import (
     Residual,
     Scope,
     Sequential,
+    Tanh,
     Workspace,
     models,
 )
@@ -95,7 +96,7 @@ def test_totals_are_those_of_a_microbatch_and_a_dtype() -> None:
 
 
 SMALL: list[tuple[Layer, Shape]] = [
-    (Sequential([Conv2D(6, 5), ReLU(), MaxPool2D(2, stride=1), Flatten(), Dense(40), ReLU()]), (28, 28, 1)),
+    (Sequential([Conv2D(6, 5), ReLU(), MaxPool2D(2, stride=1), Flatten(), Dense(40), Tanh()]), (28, 28, 1)),
     (Sequential([Conv2D(6, 1), ReLU(), Conv2D(4, stride=2, padding=3)]), (17, 20, 5)),
     (Residual([Conv2D(8), BatchNorm(), ReLU()], Conv2D(8, 1)), (30, 20, 3)),
     (Parallel([Sequential([]), Conv2D(2)]), (20, 20, 6)),
@@ -103,7 +104,7 @@ SMALL: list[tuple[Layer, Shape]] = [
 
 
 @pytest.mark.parametrize(("layer", "input_shape"), SMALL, ids=[str(layer) for layer, _ in SMALL])
-def test_activations_are_the_memory_that_grows_with_the_samples_of_a_forward_pass(
+def test_activations_are_at_most_the_memory_that_grows_with_the_samples_of_a_forward_pass(
     layer: Layer, input_shape: Shape
 ) -> None:
     model = Model([layer], input_shape)
@@ -117,11 +118,11 @@ def test_activations_are_the_memory_that_grows_with_the_samples_of_a_forward_pas
         return workspace.nbytes + x.nbytes
 
     told = model.costs(microbatch=64).activation_bytes
-    assert told <= held(128) - held(64) <= 1.25 * told  # tiles, of a size with a bound, may still grow
+    assert 0.4 * told <= held(128) - held(64) <= 1.25 * told  # tiles, of a size with a bound, may still grow
 
 
 @pytest.mark.parametrize("name", ["lenet", "small_cnn", "vgg_small", "resnet8", "mobilenet"])
-def test_a_whole_pass_of_a_small_model_holds_about_two_to_four_times_the_activations(name: str) -> None:
+def test_a_whole_pass_of_a_small_model_holds_once_to_twice_the_activations(name: str) -> None:
     model = models.get(name)(num_classes=10, image_shape=(32, 32, 3))
     workspace = Workspace()
     gradients, statistics = model.layout().empty(), model.statistics_layout.empty()
@@ -130,7 +131,7 @@ def test_a_whole_pass_of_a_small_model_holds_about_two_to_four_times_the_activat
     x.fill(0)
     y, saved = model.forward(model.init(0), x, scope)
     model.backward(model.init(0), saved, np.zeros_like(y), scope)
-    assert 1.75 <= workspace.nbytes / model.costs(microbatch=32).activation_bytes <= 4
+    assert 0.75 <= workspace.nbytes / model.costs(microbatch=32).activation_bytes <= 2.25
 
 
 def test_a_model_too_large_for_any_machine_is_costed_without_allocating_anything() -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy.typing as npt
 
-from asynctrain.nn.kernels import activations, norm, pool, winograd
+from asynctrain.nn.kernels import activations, conv, depthwise, norm, pool, winograd
 
 NAMES = ("numpy", "numba")
 
@@ -25,9 +25,21 @@ class Kernels:
 
     norm_moments = staticmethod(norm.moments)
     norm_affine = staticmethod(norm.affine)
+    norm_affine_relu = staticmethod(norm.affine_relu)
     norm_sums = staticmethod(norm.sums)
+    norm_relu_sums = staticmethod(norm.relu_sums)
     norm_combination = staticmethod(norm.combination)
 
+    conv_correlate = staticmethod(conv.correlate)
+    conv_correlate_backward_input = staticmethod(conv.correlate_backward_input)
+    conv_scatter = staticmethod(conv.scatter)
+    conv_correlate_backward_params = staticmethod(conv.correlate_backward_params)
+
+    depthwise_correlate = staticmethod(depthwise.correlate)
+    depthwise_correlate_backward_input = staticmethod(depthwise.correlate_backward_input)
+    depthwise_correlate_backward_params = staticmethod(depthwise.correlate_backward_params)
+
+    winograd_keeps_tiles: ClassVar[bool] = True  # from the forward pass for the weight gradient
     winograd_pays = staticmethod(winograd.pays)
     winograd_correlate = staticmethod(winograd.correlate)
     winograd_correlate_backward_input = staticmethod(winograd.correlate_backward_input)

@@ -1,4 +1,4 @@
-"""Normalisation over rows or along them: moments, the affine map, and its derivative.
+"""Normalisation over rows or along them: moments, the affine map, and its derivative, alone and with a rectifier.
 
 A pass over a large array is bound by memory, and a broadcast of few channels by the overhead of each short row. So the
 kernels look at x (R, C) in blocks, which stay in cache from one operation to the next, and within a block lay rows side
@@ -15,13 +15,25 @@ import numpy as np
 from asynctrain.arena import Array
 
 TOGETHER = 2**18  # elements in the blocks of all arrays that a kernel works on: 1 MiB of float32
-WIDE = 1024  # elements
+WIDE = 2**14  # elements; shorter ones than numpy's buffer of 2^13 are copied into it to be broadcast: twice the time
+SUMMED = 2**10  # elements in the rows that are added up, so that there are many to a block
 
 
 @lru_cache(maxsize=256)
 def _side_by_side(rows: int, channels: int) -> int:
-    """Return how many rows are laid side by side: the largest divisor of ``rows`` that gives at most ``WIDE``."""
-    return next(width for width in range(max(1, WIDE // channels), 0, -1) if rows % width == 0)
+    """Return how many rows are laid side by side: the largest divisor of ``rows`` that gives at most ``WIDE``.
+
+    Nor do they make more than an eighth of the array, as coefficients are repeated once for each.
+    """
+    most = min(WIDE, rows * channels // 8) // channels
+    return next(width for width in range(max(1, most), 0, -1) if rows % width == 0)
+
+
+@lru_cache(maxsize=256)
+def _summed(rows: int, channels: int) -> int:
+    """Return how many elements the rows have that are added up: part of those that are side by side."""
+    width = _side_by_side(rows, channels)
+    return channels * next(part for part in range(max(1, min(width, SUMMED // channels)), 0, -1) if width % part == 0)
 
 
 def _rows_at_once(length: int, arrays: int) -> int:
@@ -40,68 +52,85 @@ def _blocks(*arrays: Array, scratch: int = 0) -> Iterator[tuple[Array, ...]]:
         yield tuple(array[start : start + step] for array in wide)
 
 
-def _repeated(coefficients: Array, like: Array) -> Array:
-    """Return float64 coefficients (C,) for rows (R, C) that are laid side by side, in the dtype of ``like``."""
-    return np.tile(coefficients.astype(like.dtype), _side_by_side(*like.shape))
+def _repeated(like: Array, *coefficients: Array | float) -> Array:
+    """Return coefficients (C,), each for rows of ``like`` (R, C) that are laid side by side, in its dtype."""
+    channels = like.shape[1]
+    wide = np.empty((len(coefficients), _side_by_side(*like.shape), channels), like.dtype)
+    for row, values in zip(wide, coefficients, strict=True):
+        row[...] = values
+    return wide.reshape(len(coefficients), -1)
 
 
 def block_size(x: Array) -> int:
-    """Return how many elements of scratch ``moments`` and ``combination`` want at most for x (R, C)."""
+    """Return how many elements of scratch the kernels want at most for x (R, C)."""
     length = _side_by_side(*x.shape) * x.shape[1]
     elements: int = min(x.size, _rows_at_once(length, 2) * length)
     return elements
 
 
-def _sum_of_rows(block: Array, channels: int) -> Array:
-    """Return the sum over the rows that are in ``block``, (C,) float64."""
-    total = np.ones(len(block), block.dtype) @ block  # far faster than a sum along the long axis
-    summed: Array = total.reshape(-1, channels).sum(axis=0, dtype=np.float64)
-    return summed
+class _Sums:
+    """Sums over the rows of arrays (R, C), block by block: in their dtype within a block, in float64 from there on."""
 
+    def __init__(self, like: Array) -> None:
+        self._channels = like.shape[1]
+        self._length = _summed(*like.shape)
+        self._ones = np.ones(block_size(like) // self._length, like.dtype)
+        self._totals = np.zeros((2, self._length))
 
-def _sum_of_products(a: Array, b: Array, channels: int) -> Array:
-    """Return the sum over the rows of a b, (C,) float64."""
-    total: Array = np.einsum("rc,rc->c", a, b)
-    summed: Array = total.reshape(-1, channels).sum(axis=0, dtype=np.float64)
-    return summed
+    def add(self, a: Array, b: Array) -> None:
+        """Take the sums of a block of a, and of a b."""
+        a, b = a.reshape(-1, self._length), b.reshape(-1, self._length)
+        self._totals[0] += self._ones[: len(a)] @ a  # far faster than a sum along the long axis
+        self._totals[1] += np.einsum("rc,rc->c", a, b)
+
+    def total(self) -> tuple[Array, Array]:
+        """Return the sum of a and that of a b, each (C,) float64."""
+        plain, products = self._totals.reshape(2, -1, self._channels).sum(axis=1)
+        return plain, products
 
 
 def moments(x: Array, *, scratch: Array) -> tuple[Array, Array]:
     """Return the mean and the (biased) variance of each column of ``x`` (R, C), float64.
 
-    Each block is centred before it is squared, so that a mean far from zero costs no digits; the blocks are then put
-    together as Chan, Golub and LeVeque do (The American Statistician 37, 1983): M2 = sum_b M2_b + n_b (m_b - m)^2.
+    All is centred, by the mean of the first block, before it is squared, so that a mean far from zero costs no digits.
 
     ``scratch`` is of ``block_size(x)`` elements.
     """
     rows, channels = x.shape
-    counts, means, squares = [], [], []
+    first = x[: min(rows, block_size(x) // channels)]
+    shift = (first.sum(axis=0, dtype=np.float64) / len(first)).astype(x.dtype)
+    (wide_shift,) = _repeated(x, shift)
+    sums = _Sums(x)
     for (block,) in _blocks(x, scratch=1):
-        count = block.size // channels
-        mean = _sum_of_rows(block, channels) / count
-        shift = np.tile(mean.astype(x.dtype), block.shape[1] // channels)
-        centred = np.subtract(block, shift, out=scratch[: block.size].reshape(block.shape))
-        counts.append(count)
-        means.append(mean)
-        squares.append(_sum_of_products(centred, centred, channels))
-    weights, block_means = np.array(counts)[:, None], np.array(means)
-    mean = (weights * block_means).sum(axis=0) / rows
-    spread = (weights * np.square(block_means - mean)).sum(axis=0)
-    return mean, (np.sum(squares, axis=0) + spread) / rows
+        centred = np.subtract(block, wide_shift, out=scratch[: block.size].reshape(block.shape))
+        sums.add(centred, centred)
+    total, squares = sums.total()
+    offset = total / rows
+    return shift + offset, np.maximum(squares / rows - np.square(offset), 0)  # rounding may go below
 
 
 def affine(x: Array, factor: Array, offset: Array, *, out: Array) -> Array:
     """Write y = x factor + offset into ``out`` (R, C) and return it; the coefficients are (C,)."""
-    wide_factor, wide_offset = _repeated(factor, x), _repeated(offset, x)
+    wide_factor, wide_offset = _repeated(x, factor, offset)
     for source, target in _blocks(x, out):
         np.multiply(source, wide_factor, out=target)
         np.add(target, wide_offset, out=target)
     return out
 
 
+def affine_relu(x: Array, factor: Array, offset: Array, *, out: Array) -> Array:
+    """Write y = max(x factor + offset, 0) into ``out`` (R, C) and return it; the coefficients are (C,)."""
+    wide_factor, wide_offset, zeros = _repeated(x, factor, offset, 0)
+    for source, target in _blocks(x, out):
+        np.multiply(source, wide_factor, out=target)
+        np.add(target, wide_offset, out=target)
+        np.maximum(target, zeros, out=target)
+    return out
+
+
 def scaled(x: Array, factor: Array, *, out: Array) -> Array:
     """Write y = x factor into ``out`` (R, C) and return it; ``factor`` is (C,)."""
-    wide_factor = _repeated(factor, x)
+    (wide_factor,) = _repeated(x, factor)
     for source, target in _blocks(x, out):
         np.multiply(source, wide_factor, out=target)
     return out
@@ -109,12 +138,22 @@ def scaled(x: Array, factor: Array, *, out: Array) -> Array:
 
 def sums(x: Array, dy: Array) -> tuple[Array, Array]:
     """Return sum_r dy[r] and sum_r dy[r] x[r] of arrays (R, C), each (C,) float64."""
-    channels = x.shape[1]
-    plain, products = np.zeros(channels), np.zeros(channels)
+    sums = _Sums(x)
     for source, gradient in _blocks(x, dy):
-        plain += _sum_of_rows(gradient, channels)
-        products += _sum_of_products(source, gradient, channels)
-    return plain, products
+        sums.add(gradient, source)
+    return sums.total()
+
+
+def relu_sums(x: Array, y: Array, dy: Array, *, out: Array, positive: Array) -> tuple[Array, Array]:
+    """Write g = dy [y > 0] into ``out``, which may be dy, and return sum_r g[r] and sum_r g[r] x[r], (C,) float64.
+
+    All arrays are (R, C); ``positive`` is bool scratch of ``block_size(x)`` elements.
+    """
+    sums = _Sums(x)
+    for source, value, gradient, target in _blocks(x, y, dy, out):
+        np.multiply(gradient, np.greater(value, 0, out=positive[: value.size].reshape(value.shape)), out=target)
+        sums.add(target, source)
+    return sums.total()
 
 
 def row_norm(x: Array, eps: float, *, out: Array, mean: Array, inverse: Array) -> Array:
@@ -167,9 +206,9 @@ def _few_rows(x: Array) -> Iterator[slice]:
 def combination(x: Array, dy: Array, of_x: Array, of_dy: Array, offset: Array, *, out: Array, scratch: Array) -> Array:
     """Write dx = of_x x + of_dy dy + offset into ``out`` (R, C) and return it; the coefficients are (C,).
 
-    ``scratch`` is of ``block_size(x)`` elements.
+    ``out`` may be dy. ``scratch`` is of ``block_size(x)`` elements.
     """
-    wide_x, wide_dy, wide_offset = (_repeated(coefficients, x) for coefficients in (of_x, of_dy, offset))
+    wide_x, wide_dy, wide_offset = _repeated(x, of_x, of_dy, offset)
     for source, gradient, target in _blocks(x, dy, out, scratch=1):
         np.multiply(gradient, wide_dy, out=target)
         product = np.multiply(source, wide_x, out=scratch[: source.size].reshape(source.shape))

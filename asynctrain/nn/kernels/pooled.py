@@ -1,11 +1,15 @@
 """Convolution and the maxima of its outputs in one, for images of few channels, and its derivatives.
 
-The outputs under one pooling window of p x q see (kh + p - 1) x (kw + q - 1) pixels together. Those are one column of
-a matrix, taken once, where im2col takes kh x kw pixels p q times over; weights that stand in p q places, with zeros
-around them, make of it all outputs of the window, and their maximum is one over p q slices.
+The outputs under one pooling window of p x q see (kh + p - 1) x (kw + q - 1) pixels together, a patch. Weights that
+stand in p q places of a patch, with zeros around them, make of it all outputs of the window, and their maximum is one
+over p q slices.
 
 The samples of a batch are the last axis here, so every copy, sum and maximum goes along runs of N numbers or more,
-however few channels there are: an image is (H, W, C, N), called ``planes``.
+however few channels there are: an image is (H, W, C, N) in the order H, C, W, N of memory, called ``planes``.
+
+Of the patches only the columns are taken side by side. What that gives, ``bands``, has for each row of pixels the
+piece of every patch that lies in it; the rows of one patch follow upon each other in memory, so the patches of a row
+of maxima are a matrix there already, which overlaps with that of the next row.
 
 Letters: N images, C channels in, F filters out, kh x kw weights, p x q pooling window, T = p q, h x w maxima, K =
 (kh + p - 1) (kw + q - 1) C. The convolution has stride 1 and the padding that is in the planes, the pool its own size
@@ -14,24 +18,21 @@ as stride.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from functools import cached_property
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from asynctrain.arena import Array, Shape
 
-TILE_BYTES = 768 * 1024
+BLOCK_BYTES = 2 * 1024 * 1024  # of bands and slices that are worked on at a time
 WORTH = 6  # of C (patch / kernel - 1): in ``pays``
 
 Pair = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """The shapes of one pooled convolution."""
 
@@ -41,66 +42,82 @@ class Plan:
     kernel: Pair  # (kh, kw)
     pool: Pair  # (p, q)
     maxima: Pair  # (h, w)
+    itemsize: int  # bytes of a number
 
-    @property
+    @cached_property
     def patch(self) -> Pair:
         """The pixels that one maximum sees, high and wide."""
         return self.kernel[0] + self.pool[0] - 1, self.kernel[1] + self.pool[1] - 1
 
-    @property
-    def planes(self) -> Shape:
-        """(H, W, C, N): the padded image, without what no maximum sees."""
-        (h, w), (p, q), (kh, kw) = self.maxima, self.pool, self.kernel
-        return h * p + kh - 1, w * q + kw - 1, self.channels, self.samples
+    @cached_property
+    def steps(self) -> Pair:
+        """How many windows beside each other see one pixel, at most: the patch in units of the pool, rounded up."""
+        return -(-self.patch[0] // self.pool[0]), -(-self.patch[1] // self.pool[1])
 
-    @property
+    @cached_property
+    def planes(self) -> Shape:
+        """(H, C, W, N): the padded image in the order of memory, without what no maximum sees."""
+        (h, w), (p, q), (kh, kw) = self.maxima, self.pool, self.kernel
+        return h * p + kh - 1, self.channels, w * q + kw - 1, self.samples
+
+    @cached_property
+    def bands(self) -> Shape:
+        """(H, kw + q - 1, C, w N)."""
+        return self.planes[0], self.patch[1], self.channels, self.maxima[1] * self.samples
+
+    @cached_property
     def matrix(self) -> Shape:
         """(T F, K)."""
-        high, wide = self.patch
-        return self.pool[0] * self.pool[1] * self.filters, high * wide * self.channels
+        return prod(self.pool) * self.filters, prod(self.patch) * self.channels
 
-    @property
+    @cached_property
     def slices(self) -> Shape:
-        """(T, F, h w N): the convolution's outputs, by their place in the window."""
-        return self.pool[0] * self.pool[1], *self.top
+        """(h, p, q, F, w N): the convolution's outputs, by their place in the window."""
+        return self.maxima[0], *self.pool, self.filters, self.maxima[1] * self.samples
 
-    @property
+    @cached_property
+    def ridges(self) -> Shape:
+        """(h, p, F, w N): the maxima of the rows of each window."""
+        return self.maxima[0], self.pool[0], self.filters, self.maxima[1] * self.samples
+
+    @cached_property
     def top(self) -> Shape:
-        """(F, h w N): the maxima."""
-        return self.filters, prod(self.maxima) * self.samples
+        """(h, F, w N): the maxima."""
+        return self.maxima[0], self.filters, self.maxima[1] * self.samples
 
-    def cut(self, itemsize: int) -> Iterator[Tile]:
-        """Yield tiles whose columns take ``TILE_BYTES`` or less, but at least one row of maxima."""
-        h, w = self.maxima
-        rows = self._rows(itemsize)
-        for start in range(0, h, rows):
-            stop = min(start + rows, h)
-            yield Tile(slice(start, stop), slice(start * w * self.samples, stop * w * self.samples))
+    @cached_property
+    def padded_weight(self) -> Shape:
+        """(kh + 2 (p - 1), kw + 2 (q - 1), C, F)."""
+        (kh, kw), (p, q) = self.kernel, self.pool
+        return kh + 2 * (p - 1), kw + 2 * (q - 1), self.channels, self.filters
 
-    def columns(self, itemsize: int) -> int:
-        """Return the elements of scratch for the largest tile's columns, or for its maxima where those are more."""
-        return self._rows(itemsize) * self.maxima[1] * self.samples * max(self.matrix[1], self.filters)
+    @cached_property
+    def dbands(self) -> Shape:
+        """(h', p, kw + q - 1, C, w N): the bands with as many more rows as make whole steps of the pool."""
+        return self.maxima[0] + self.steps[0] - 1, self.pool[0], *self.bands[1:]
 
-    def _rows(self, itemsize: int) -> int:
-        """Return how many rows of maxima are in a tile."""
-        h, w = self.maxima
-        return max(1, min(h, TILE_BYTES // (self.matrix[1] * w * self.samples * itemsize)))
+    def dplanes(self, height: int, width: int) -> Shape:
+        """(H, C, W, N) of planes at least so large, and made of whole steps of the pool wherever a patch sees them."""
+        (h, w), (p, q), (down, along) = self.maxima, self.pool, self.steps
+        wide = max(w + along - 1, -(-width // q)) * q
+        return max(height, (h + down - 1) * p), self.channels, wide, self.samples
 
+    @cached_property
+    def blocks(self) -> tuple[slice, ...]:
+        """The rows of maxima in blocks whose bands and slices take ``BLOCK_BYTES`` or less, or of one row."""
+        h, rows = self.maxima[0], self.rows_at_once
+        return tuple(slice(start, min(start + rows, h)) for start in range(0, h, rows))
 
-class Tile(NamedTuple):
-    """Some rows of maxima: among all rows, and among the h w N of one filter.
+    @cached_property
+    def rows_at_once(self) -> int:
+        """How many rows of maxima are in a block, at most."""
+        one = (self.pool[0] * prod(self.bands[1:]) + prod(self.slices[1:])) * self.itemsize
+        return min(self.maxima[0], max(1, BLOCK_BYTES // one))
 
-    What belongs to a tile lies in one piece, in the memory of an array (..., h w N) that is never seen whole.
-    """
-
-    rows: slice
-    outputs: slice
-
-    def of(self, array: Array) -> Array:
-        """Return the tile's part (..., outputs) of an array (..., h w N)."""
-        *leading, _ = array.shape
-        wide = prod(leading)
-        return array.reshape(-1)[wide * self.outputs.start : wide * self.outputs.stop].reshape(*leading, -1)
+    @cached_property
+    def columns(self) -> Shape:
+        """(rows, kh + p - 1, kw + q - 1, C, w N): the patches of a block."""
+        return self.rows_at_once, self.patch[0], *self.bands[1:]
 
 
 def pays(plan: Plan) -> bool:
@@ -112,28 +129,32 @@ def pays(plan: Plan) -> bool:
     return plan.channels * (prod(plan.patch) / prod(plan.kernel) - 1) <= WORTH
 
 
-def spread_weight(weight: Array, plan: Plan, *, out: Array) -> Array:
-    """Write the weights (kh, kw, C, F) into ``out`` (T F, K), once for each place of the window, and return it."""
-    out.fill(0)
-    for target in _placed(out, plan):
-        np.copyto(target, weight)
+def spread_weight(weight: Array, plan: Plan, *, out: Array, padded: Array) -> Array:
+    """Write the weights (kh, kw, C, F) into ``out`` (T F, K), once for each place of the window, and return it.
+
+    ``padded`` is scratch of shape ``plan.padded_weight``: what stands at a place is a window of the weights with zeros
+    around them.
+    """
+    (kh, kw), (p, q), (high, wide) = plan.kernel, plan.pool, plan.patch
+    padded.fill(0)
+    padded[p - 1 : p - 1 + kh, q - 1 : q - 1 + kw] = weight
+    i, j, c, f = padded.strides
+    shape = (p, q, plan.filters, high, wide, plan.channels)
+    corner = (p - 1) * i + (q - 1) * j
+    np.copyto(out.reshape(shape), np.ndarray(shape, padded.dtype, padded, corner, (-i, -j, f, i, j, c)))
     return out
 
 
 def gather_weight(matrix: Array, plan: Plan, *, out: Array) -> Array:
-    """Write the transpose of ``spread_weight``, applied to ``matrix``, into ``out`` (kh, kw, C, F) and return it."""
-    out.fill(0)
-    for share in _placed(matrix, plan):
-        np.add(out, share, out=out)
-    return out
+    """Write the transpose of ``spread_weight``, applied to the matrix transposed, (K, T F), into ``out`` and return it.
 
-
-def _placed(matrix: Array, plan: Plan) -> Iterator[Array]:
-    """Yield where in a matrix (T F, K) the weights of each place of the window stand, as views (kh, kw, C, F)."""
-    kh, kw = plan.kernel
-    places = matrix.reshape(*plan.pool, plan.filters, *plan.patch, plan.channels)
-    for a, b in product(*map(range, plan.pool)):
-        yield places[a, b, :, a : a + kh, b : b + kw].transpose(1, 2, 3, 0)
+    out: (kh, kw, C, F).
+    """
+    (p, q), (kh, kw) = plan.pool, plan.kernel
+    i, j, c, a, b, f = matrix.reshape(*plan.patch, plan.channels, p, q, plan.filters).strides
+    shape = (p, q, kh, kw, plan.channels, plan.filters)
+    places = np.ndarray(shape, matrix.dtype, matrix, 0, (a + i, b + j, i, j, c, f))
+    return np.add.reduce(places, axis=(0, 1), out=out)
 
 
 def correlate(
@@ -142,118 +163,157 @@ def correlate(
     plan: Plan,
     *,
     out: Array,
+    bands: Array,
     slices: Array,
+    ridges: Array,
     top: Array,
-    columns: Array,
     bias: Array | None,
+    rectify: bool,
 ) -> Array:
     """Write the maxima over the pooling windows of a convolution into ``out`` and return it.
 
     Args:
-        planes: (H, W, C, N), padded.
+        planes: (H, C, W, N), padded.
         matrix: (T F, K), as ``spread_weight`` makes it.
         plan: the shapes.
-        out: (N, h, w, F).
-        slices: (T, F, h w N), where the convolution's outputs are left, tile by tile.
-        top: (F, h w N), where their maxima are left, tile by tile; without the bias, which comes after.
-        columns: scratch of ``plan.columns(itemsize)`` elements.
+        out: (h, F, w, N), of any strides.
+        bands: (H, kw + q - 1, C, w N), where they are left.
+        slices: (h, p, q, F, w N), where the convolution's outputs are left.
+        ridges: (h, p, F, w N), where the maxima of the rows of each window are left.
+        top: (h, F, w N), where the maxima are left; without the bias, which comes after.
         bias: (F,), if any.
+        rectify: whether max(y, 0) comes last.
     """
-    windows = _windows(planes, plan)
-    for tile in plan.cut(planes.itemsize):
-        found, largest = tile.of(slices), tile.of(top)
-        np.matmul(matrix, _columns(windows[:, :, :, tile.rows], columns), out=found.reshape(len(matrix), -1))
-        np.max(found, axis=0, out=largest)
-        if bias is not None:
-            largest = np.add(largest, bias[:, np.newaxis], out=columns[: largest.size].reshape(largest.shape))
-        np.copyto(_by_filter(out, tile), largest.reshape(_by_filter(out, tile).shape))
-    return out
+    pixels, taken = _columns(planes, plan), bands.reshape(*plan.bands[:3], -1, plan.samples)
+    patches, outputs = _patches(bands, plan), slices.reshape(len(slices), len(matrix), -1)
+    (p, _), done = plan.pool, 0
+    for rows in plan.blocks:
+        end = rows.stop * p + plan.kernel[0] - 1  # the first rows of a block are the last of the one before
+        np.copyto(taken[done:end], pixels[done:end])
+        done = end
+        np.matmul(matrix, patches[rows], out=outputs[rows])
+        np.maximum.reduce(slices[rows], axis=2, out=ridges[rows])
+        np.maximum.reduce(ridges[rows], axis=1, out=top[rows])
+    largest = top.reshape(out.shape)
+    if bias is None:
+        np.copyto(out, largest)
+    else:
+        np.add(largest, bias[:, np.newaxis, np.newaxis], out=out)
+    return np.maximum(out, 0, out=out) if rectify else out
 
 
-def spread_maxima(slices: Array, top: Array, dy: Array, plan: Plan, *, rest: Array, hit: Array) -> Array:
+def spread_maxima(slices: Array, ridges: Array, top: Array, y: Array, dy: Array, plan: Plan, *, rectify: bool) -> Array:
     """Overwrite ``slices`` with their gradient and return them: each dy goes to its maximum.
 
-    Of equals the first in row order takes it. What is left goes from place to place, as in ``pool``.
+    Of equals the first in row order takes it: first the row of the window that has the maximum, and there the place.
 
     Args:
-        slices: (T, F, h w N), as ``correlate`` left them.
-        top: (F, h w N), likewise.
-        dy: (N, h, w, F), the gradient of the maxima.
+        slices: (h, p, q, F, w N), as ``correlate`` left them.
+        ridges: (h, p, F, w N), likewise; overwritten with their gradient.
+        top: (h, F, w N), likewise.
+        y: (h, F, w, N), of any strides, as ``correlate`` wrote it.
+        dy: (h, F, w, N), of any strides, the gradient of y.
         plan: the shapes.
-        rest: scratch (F, h w N).
-        hit: bool scratch (F, h w N).
+        rectify: as in ``correlate``.
     """
-    for tile in plan.cut(slices.itemsize):
-        places, largest, left, struck = tile.of(slices), tile.of(top), tile.of(rest), tile.of(hit)
-        np.copyto(left.reshape(_by_filter(dy, tile).shape), _by_filter(dy, tile))
-        for taken in places[:-1]:
-            np.copyto(taken, np.equal(taken, largest, out=struck))
-            np.multiply(taken, left, out=taken)
-            np.subtract(left, taken, out=left)
-        np.copyto(places[-1], left)
+    for rows in plan.blocks:
+        rows_of_window = ridges[rows].swapaxes(0, 1)
+        places = slices[rows].transpose(2, 0, 1, 3, 4)
+        _mark(places, ridges[rows])
+        _mark(rows_of_window, top[rows])
+        gradient = top[rows].reshape(dy[rows].shape)
+        if rectify:
+            np.greater(y[rows], 0, out=gradient)
+            np.multiply(gradient, dy[rows], out=gradient)
+        else:
+            np.copyto(gradient, dy[rows])
+        _deal(rows_of_window, top[rows])
+        _deal(places, ridges[rows])
     return slices
 
 
-def correlate_backward_input(matrix: Array, dslices: Array, plan: Plan, *, out: Array, columns: Array) -> Array:
+def _mark(parts: Array, largest: Array) -> None:
+    """Overwrite all parts but the last with 1 where they are the largest and 0 elsewhere."""
+    for part in parts[:-1]:
+        np.equal(part, largest, out=part)
+
+
+def _deal(parts: Array, left: Array) -> None:
+    """Overwrite each part, as ``_mark`` left it, with what it takes of ``left``; the last gets the rest."""
+    last = parts[-1]
+    for part in parts[:-1]:
+        np.multiply(part, left, out=part)
+        left = np.subtract(left, part, out=last)
+    if left is not last:
+        np.copyto(last, left)
+
+
+def correlate_backward_input(
+    matrix: Array, dslices: Array, plan: Plan, *, out: Array, dbands: Array, columns: Array
+) -> Array:
     """Write the transpose of the convolution in ``correlate``, applied to ``dslices``, into ``out`` and return it.
+
+    The gradient of the patches is one product, and is added to the bands they are made of, as many rows at a time as
+    lie between two windows; then the bands are added to the pixels, as many columns at a time.
 
     Args:
         matrix: (T F, K).
-        dslices: (T, F, h w N), as ``spread_maxima`` left them.
+        dslices: (h, p, q, F, w N), as ``spread_maxima`` left them.
         plan: the shapes.
-        out: (H, W, C, N), the gradient of the planes.
-        columns: scratch of ``plan.columns(itemsize)`` elements.
+        out: of shape ``plan.dplanes(height, width)``, the gradient of the planes.
+        dbands: scratch of shape ``plan.dbands``.
+        columns: scratch of shape ``plan.columns``.
     """
+    (p, q), (h, w) = plan.pool, plan.maxima
+    doutputs = dslices.reshape(h, len(matrix), -1)
+    dbands.fill(0)
+    for rows in plan.blocks:
+        part = columns[: rows.stop - rows.start]
+        np.matmul(matrix.T, doutputs[rows], out=part.reshape(len(part), matrix.shape[1], -1))
+        for step in range(plan.steps[0]):
+            share = part[:, step * p : (step + 1) * p]
+            target = dbands[rows.start + step : rows.stop + step, : share.shape[1]]
+            np.add(target, share, out=target)
+    by_pixel = dbands.reshape(-1, plan.patch[1], plan.channels, w, plan.samples).transpose(0, 2, 3, 1, 4)
     out.fill(0)
-    windows = _windows(out, plan, writeable=True)
-    for tile in plan.cut(out.itemsize):
-        pixels = windows[:, :, :, tile.rows]
-        part = columns[: pixels.size]
-        np.matmul(matrix.T, tile.of(dslices).reshape(len(matrix), -1), out=part.reshape(matrix.shape[1], -1))
-        shares = part.reshape(pixels.shape)
-        for place in np.ndindex(plan.patch):  # within one place of the patch no two pixels are the same
-            np.add(pixels[place], shares[place], out=pixels[place])
+    pixels = out[: len(by_pixel)].reshape(len(by_pixel), plan.channels, -1, q, plan.samples)
+    for step in range(plan.steps[1]):
+        share = by_pixel[:, :, :, step * q : (step + 1) * q]
+        target = pixels[:, :, step : step + w, : share.shape[3]]
+        np.add(target, share, out=target)
     return out
 
 
-def correlate_backward_params(
-    planes: Array, dslices: Array, plan: Plan, *, out: Array, partial: Array, columns: Array
-) -> Array:
+def correlate_backward_params(bands: Array, dslices: Array, plan: Plan, *, out: Array, partial: Array) -> Array:
     """Write the gradient of the matrix, transposed, (K, T F), into ``out`` and return it.
 
     Args:
-        planes: (H, W, C, N), padded.
-        dslices: (T, F, h w N), as ``spread_maxima`` left them.
+        bands: (H, kw + q - 1, C, w N), as ``correlate`` left them.
+        dslices: (h, p, q, F, w N), as ``spread_maxima`` left them.
         plan: the shapes.
         out: (K, T F): in this order the product is fastest.
-        partial: scratch in the shape of ``out``, one tile's share.
-        columns: scratch of ``plan.columns(itemsize)`` elements.
+        partial: scratch (h, K, T F), the share of each row of maxima.
     """
-    windows = _windows(planes, plan)
-    for tile in plan.cut(planes.itemsize):
-        share = out if tile.rows.start == 0 else partial
-        doutputs = tile.of(dslices).reshape(out.shape[1], -1)
-        np.matmul(_columns(windows[:, :, :, tile.rows], columns), doutputs.T, out=share)
-        if share is partial:
-            np.add(out, partial, out=out)
-    return out
+    doutputs = dslices.reshape(len(dslices), out.shape[1], -1)
+    np.matmul(_patches(bands, plan), doutputs.swapaxes(1, 2), out=partial)
+    return np.add.reduce(partial, axis=0, out=out)
 
 
-def _by_filter(y: Array, tile: Tile) -> Array:
-    """Return a tile's rows of an array (N, h, w, F) as a view (F, rows, w, N)."""
-    return y[:, tile.rows].transpose(3, 1, 2, 0)
+def bias_backward(dtop: Array, *, out: Array) -> Array:
+    """Write db[f] = sum over all maxima of their gradient, (h, F, w N), into ``out`` (F,) and return it."""
+    return np.add.reduce(dtop, axis=(0, 2), out=out)
 
 
-def _windows(planes: Array, plan: Plan, *, writeable: bool = False) -> Array:
-    """Return the patches as a view (kh + p - 1, kw + q - 1, C, h, w, N) of the planes; those of neighbours overlap."""
-    (h, w), (p, q) = plan.maxima, plan.pool
-    high, wide, channel, sample = planes.strides
-    shape = (*plan.patch, plan.channels, h, w, plan.samples)
-    return as_strided(planes, shape, (high, wide, channel, p * high, q * wide, sample), writeable=writeable)
+def _columns(planes: Array, plan: Plan) -> Array:
+    """Return the columns of all patches as a view (H, kw + q - 1, C, w, N) of the planes; neighbours overlap."""
+    high, channel, wide, sample = planes.strides
+    shape = (*plan.bands[:3], plan.maxima[1], plan.samples)
+    strides = (high, wide, channel, plan.pool[1] * wide, sample)
+    return np.ndarray(shape, planes.dtype, planes, 0, strides)
 
 
-def _columns(windows: Array, scratch: Array) -> Array:
-    """Return the patches of a tile as a matrix (K, rows w N), copied into ``scratch``."""
-    part = scratch[: windows.size]
-    np.copyto(part.reshape(windows.shape), windows)
-    return part.reshape(prod(windows.shape[:3]), -1)
+def _patches(bands: Array, plan: Plan) -> Array:
+    """Return the patches of each row of maxima as a view (h, K, w N) of the bands; neighbours overlap."""
+    run = bands.strides[2]
+    shape = (plan.maxima[0], plan.matrix[1], bands.shape[3])
+    return np.ndarray(shape, bands.dtype, bands, 0, (plan.pool[0] * bands.strides[0], run, bands.itemsize))

@@ -30,7 +30,9 @@ from asynctrain.nn.kernels.conv import Pair, overlap
 TILE = 4  # pixels of the output along each axis of a tile
 SEEN = 6  # of the input
 MARGIN = SEEN - TILE
-TILES = 96  # in a block, at most
+TILES = 192  # in a block, at most
+FEWEST = 64  # where filters are many, and their tiles would be too large for the cache
+TOGETHER = 4096  # tiles times filters: the fewer the filters, the more tiles at once
 
 
 class _Matrices(NamedTuple):
@@ -99,9 +101,9 @@ class Blocks:
 @lru_cache(maxsize=256)
 def blocks(output: Shape) -> Blocks:
     """Return the blocks for an ``output`` of shape (N, h, w, F)."""
-    N, h, w, _ = output
+    N, h, w, F = output
     down, across = -(-h // TILE), -(-w // TILE)
-    rows = max(1, TILES // across)
+    rows = max(1, min(TILES, max(FEWEST, TOGETHER // F)) // across)
     return Blocks(min(N, max(1, rows // down)), min(rows, down), across, down)
 
 
@@ -150,16 +152,23 @@ def correlate(
     F = weight.shape[3]
     np.matmul(matrices(x.dtype).filter, weight.reshape(9, -1), out=spectrum.reshape(SEEN * SEEN, -1))
     bias_row = None if bias is None else np.tile(bias, TILE)
+    to_output = matrices(x.dtype).output
     regions = _regions(out)
-    room = None
+    key = None
     for number, (images, rows) in enumerate(plan.cut(len(out))):
-        room = _room(x, corner, images, rows, plan, scratch, room)
-        tiles = _transformed(x[images], room, None if seen is None else seen[number])
-        T = tiles.shape[1]
-        products = _part(scratch[0], (T, SEEN * SEEN, F))
-        np.matmul(tiles, spectrum, out=products.swapaxes(0, 1))
-        y = np.matmul(matrices(x.dtype).output, products, out=_part(scratch[1], (T, TILE * TILE, F)))
-        _scatter(y, bias_row, regions, images, rows, plan)
+        if key != (key := _key(images, rows)):  # as a rule all blocks but the last have one
+            room = _room(x, corner, images, rows, plan, scratch)
+            T = len(room.gathered)
+            products, y = _part(scratch[0], (T, SEEN * SEEN, F)), _part(scratch[1], (T, TILE * TILE, F))
+            by_place, pieces = products.swapaxes(0, 1), _pieces(regions, y, images, rows, plan)
+        tiles = _transformed(x, images, room, None if seen is None else seen[number])
+        np.matmul(tiles, spectrum, out=by_place)
+        np.matmul(to_output, products, out=y)
+        for pixels, tile in pieces:
+            if bias_row is None:
+                np.copyto(pixels[images], tile)
+            else:
+                np.add(tile, bias_row[: tile.shape[-1]], out=pixels[images])
     return out
 
 
@@ -212,41 +221,49 @@ def correlate_backward_params(
     plan = blocks(dy.shape)
     _, to_filter, to_output = matrices(x.dtype)
     regions = _regions(dy)
+    F = dy.shape[3]
+    key = None
     for number, (images, rows) in enumerate(plan.cut(len(dy))):
+        if key != (key := _key(images, rows)):
+            T = plan.count(images, rows)
+            given, wanted = _part(scratch[0], (T, TILE * TILE, F)), _part(scratch[2], (T, SEEN * SEEN, F))
+            by_place, pieces = wanted.swapaxes(0, 1), _pieces(regions, given, images, rows, plan)
         if seen is None:
-            tiles = _transformed(x[images], _room(x, corner, images, rows, plan, scratch))
+            tiles = _transformed(x, images, _room(x, corner, images, rows, plan, scratch))
         else:
-            tiles = seen[number, :, : plan.count(images, rows)]
-        wanted = _gathered(regions, images, rows, plan, scratch[0], dy.shape[3])
-        wanted = np.matmul(to_output.T, wanted, out=_part(scratch[2], (len(wanted), SEEN * SEEN, dy.shape[3])))
-        share = spectrum if number == 0 else partial
-        np.matmul(tiles.swapaxes(1, 2), wanted.swapaxes(0, 1), out=share)
+            tiles = seen[number, :, :T]
+        if sum(tile.size for _, tile in pieces) < given.size:  # zeros where there are no pixels
+            given.fill(0)
+        for pixels, tile in pieces:
+            np.copyto(tile, pixels[images])
+        np.matmul(to_output.T, given, out=wanted)
+        np.matmul(tiles.swapaxes(1, 2), by_place, out=spectrum if number == 0 else partial)
         if number > 0:
             np.add(spectrum, partial, out=spectrum)
     np.matmul(to_filter.T, spectrum.reshape(SEEN * SEEN, -1), out=out.reshape(9, -1))
     return out
 
 
+def _key(images: slice, rows: slice) -> tuple[int, int, int]:
+    """Return what blocks must have in common to use the same views of scratch memory."""
+    return images.stop - images.start, rows.start, rows.stop
+
+
 class _Room(NamedTuple):
     """Where a block's tiles are cut out and transformed: views of scratch memory, good for all blocks of a key."""
 
-    key: tuple[int, int, int]  # how many images, and which rows of tiles
     pixels: tuple[slice, slice]  # of the image that the block sees
     inner: Array  # those pixels within a piece of padded image, whose margins are zero
     windows: Array  # the tiles in there, (n, th, tw, 6, 6 C), which overlap
-    gathered: Array  # copies of them, (T, 36, C)
+    cut_out: Array  # copies of them
+    gathered: Array  # the same as (T, 36, C)
     transformed: Array  # (36, T, C)
 
 
-def _room(
-    x: Array, corner: Pair, images: slice, rows: slice, plan: Blocks, scratch: Array, last: _Room | None = None
-) -> _Room:
-    """Return the room for a block, which is the ``last`` one's if it fits, as it does where blocks are whole images."""
-    key = (images.stop - images.start, rows.start, rows.stop)
-    if last is not None and last.key == key:
-        return last
+def _room(x: Array, corner: Pair, images: slice, rows: slice, plan: Blocks, scratch: Array) -> _Room:
+    """Return the room for a block, the margins of the piece of image zero."""
     _, H, W, C = x.shape
-    N, down, across = key[0], rows.stop - rows.start, plan.across
+    N, down, across = images.stop - images.start, rows.stop - rows.start, plan.across
     padded = _part(scratch[2], (N, down * TILE + MARGIN, across * TILE + MARGIN, C))
     padded.fill(0)
     high, from_rows = overlap(H, padded.shape[1], corner[0] - rows.start * TILE)
@@ -256,47 +273,29 @@ def _room(
     T = plan.count(images, rows)
     gathered = _part(scratch[0], (T, SEEN * SEEN, C))
     transformed = _part(scratch[1], (SEEN * SEEN, T, C))
-    return _Room(key, (from_rows, from_columns), padded[:, high, wide], windows, gathered, transformed)
+    inner = padded[:, high, wide]
+    return _Room((from_rows, from_columns), inner, windows, gathered.reshape(windows.shape), gathered, transformed)
 
 
-def _transformed(x: Array, room: _Room, kept: Array | None = None) -> Array:
+def _transformed(x: Array, images: slice, room: _Room, kept: Array | None = None) -> Array:
     """Return B^T d B (36, T, C) for the tiles of a block of images, in ``kept``, if given, else in scratch.
 
     In this order the products, each of which takes one of the 36, read memory as it comes.
     """
-    rows, columns = room.pixels
-    np.copyto(room.inner, x[:, rows, columns])
-    np.copyto(room.gathered.reshape(room.windows.shape), room.windows)
+    np.copyto(room.inner, x[images, *room.pixels])
+    np.copyto(room.cut_out, room.windows)
     tiles = room.transformed if kept is None else kept[:, : len(room.gathered)]
     np.matmul(matrices(x.dtype).image, room.gathered, out=tiles.swapaxes(0, 1))
     return tiles
 
 
-def _gathered(
-    regions: Sequence[_Region], images: slice, rows: slice, plan: Blocks, scratch: Array, filters: int
-) -> Array:
-    """Return a block's pixels as tiles (T, 16, F) in ``scratch``, with zeros where there are no pixels."""
-    tiles = _part(scratch, (images.stop - images.start, rows.stop - rows.start, plan.across, TILE, TILE * filters))
-    if len(regions) > 1 or regions[0].pixels.shape[3:] != tiles.shape[3:]:
-        tiles.fill(0)
-    for region in regions:
-        pixels, place_in_tile = region.part(images, rows)
-        np.copyto(tiles[place_in_tile], pixels)
-    return tiles.reshape(-1, TILE * TILE, filters)
-
-
-def _scatter(
-    y: Array, bias_row: Array | None, regions: Sequence[_Region], images: slice, rows: slice, plan: Blocks
-) -> None:
-    """Copy tiles (T, 16, F) to a block's pixels, adding the bias of a row of a tile."""
-    tiles = y.reshape(images.stop - images.start, rows.stop - rows.start, plan.across, TILE, -1)
-    for region in regions:
-        pixels, place_in_tile = region.part(images, rows)
-        source = tiles[place_in_tile]
-        if bias_row is None:
-            np.copyto(pixels, source)
-        else:
-            np.add(source, bias_row[: source.shape[-1]], out=pixels)
+def _pieces(
+    regions: Sequence[_Region], tiles: Array, images: slice, rows: slice, plan: Blocks
+) -> list[tuple[Array, Array]]:
+    """Return for each region its pixels in the block's rows, of all images, and their place in tiles (T, 16, F)."""
+    N, down = images.stop - images.start, rows.stop - rows.start
+    in_rows = tiles.reshape(N, down, plan.across, TILE, -1)
+    return [(pixels, in_rows[place]) for region in regions for pixels, place in [region.part(rows)]]
 
 
 def _part(scratch: Array, shape: Shape) -> Array:
@@ -311,11 +310,11 @@ class _Region(NamedTuple):
     down: slice  # which tiles these are
     across: slice
 
-    def part(self, images: slice, rows: slice) -> tuple[Array, tuple[slice, ...]]:
-        """Return the pixels in a block of images and of rows of tiles, and their place in its tiles."""
+    def part(self, rows: slice) -> tuple[Array, tuple[slice, ...]]:
+        """Return the pixels in a block of rows of tiles, of all images, and their place in its tiles."""
         first, last = max(rows.start, self.down.start), min(rows.stop, self.down.stop)
         last = max(first, last)
-        pixels = self.pixels[images, first - self.down.start : last - self.down.start]
+        pixels = self.pixels[:, first - self.down.start : last - self.down.start]
         _, _, _, p, run = pixels.shape
         return pixels, (slice(None), slice(first - rows.start, last - rows.start), self.across, slice(p), slice(run))
 

@@ -40,13 +40,12 @@ class ReLU(_SameShape):
 
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, Array]:
         """y = max(x, 0)."""
-        y = scope.kernels.relu(x, out=scope.empty("y", x.shape, x.dtype))
+        y = scope.kernels.relu(x, out=scope.over("y", x))
         return y, y
 
     def backward_input(self, params: Params, saved: Array, dy: Array, scope: Scope) -> Array:
         """dx = dy [y > 0]."""
-        dx = scope.empty("dx", dy.shape, dy.dtype)
-        return scope.kernels.relu_backward(saved, dy, out=dx, positive=_positive(dy, scope))
+        return scope.kernels.relu_backward(saved, dy, out=scope.over("dx", dy), positive=_positive(dy, scope))
 
 
 @register_layer("leaky_relu")

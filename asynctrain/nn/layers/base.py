@@ -41,6 +41,9 @@ class Layer:
 
     kind: ClassVar[str] = "layer"  # the registered name
 
+    leaves_output: ClassVar[bool] = False
+    """Whether the next layer may write over y: it is an array of its own, and no backward function reads it."""
+
     def output_shape(self, input_shape: Shape) -> Shape:
         """Return the shape of y for x of ``input_shape``; raises ValueError where such an x does not fit."""
         raise NotImplementedError

@@ -117,6 +117,11 @@ class Sequential(Container):
         """The layers by name, in their order."""
         return _named(self.layers)
 
+    @property
+    def leaves_output(self) -> bool:  # type: ignore[override]  # of the last layer
+        """Whether the last layer does."""
+        return bool(self.layers) and self.layers[-1].leaves_output
+
     def walk(self, input_shape: Shape, path: str = "") -> Iterator[Placed]:
         """Yield the leaf layers of all children; an input that does not fit is told with the child's name."""
         for name, layer in self.children.items():
@@ -133,22 +138,31 @@ class Sequential(Container):
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, list[_Done]]:
         """Each layer in turn, the pass checked before each."""
         done = []
+        spare = False
         for name, layer in self._steps(x.shape[1:]):
             child = scope.child(name)
             child.check()
+            child.spare = spare
             x, saved = layer.forward(Within(params, name), x, child)
+            spare = layer.leaves_output
             done.append(_Done(name, layer, saved))
         return x, done
 
     def backward(
-        self, params: Params, saved: Sequence[_Done], dy: Array, scope: Scope, need_input: bool = True
+        self, params: Params, saved: list[_Done], dy: Array, scope: Scope, need_input: bool = True
     ) -> Array | None:
-        """Each layer in reverse, as far down as there is anything to train or ``need_input`` demands."""
-        for done, needed in reversed(list(zip(saved, _needs_input(saved, need_input), strict=True))):
-            child = scope.child(done.name)
-            dx = done.layer.backward(Within(params, done.name), done.saved, dy, child, needed)
+        """Each layer in reverse, as far down as there is anything to train or ``need_input`` demands.
+
+        What was saved is let go of layer by layer, so that the pass goes on in its memory.
+        """
+        for needed in reversed(list(_needs_input(saved, need_input))):
+            name, layer, kept = saved.pop()
+            child = scope.child(name)
+            child.spare = scope.spare
+            dx = layer.backward(Within(params, name), kept, dy, child, needed)
             if dx is None:
                 return None
+            scope.spare = _is_spare(dx, dy, layer, child)
             dy = dx
         return dy
 
@@ -176,6 +190,16 @@ def _needs_input(done: Sequence[_Done], need_input: bool) -> Iterator[bool]:
     for step in done:
         yield need_input
         need_input = need_input or step.layer.has_parameters
+
+
+def _is_spare(dx: Array, dy: Array, layer: Layer, scope: Scope) -> bool:
+    """Return whether nobody needs dx, which the layer returned for dy, but the layer before it.
+
+    An array of its own is nobody else's. What is in dy's memory may be dy, and so that of others, or of a job to come.
+    """
+    if isinstance(layer, Container):
+        return scope.spare
+    return not np.may_share_memory(dx, dy) or (scope.spare and not layer.has_parameters)
 
 
 class _Join(Layer):
@@ -263,10 +287,10 @@ def _told(shapes: Mapping[str, Shape]) -> str:
 
 
 def _sum(parts: Sequence[Array], name: str, scope: Scope) -> Array:
-    """Return the parts added up from the first to the last, in the scope's buffer ``name``."""
+    """Return the parts added up from the first to the last, over the first or in the scope's buffer ``name``."""
     if len(parts) == 1:
         return parts[0]
-    total = np.add(parts[0], parts[1], out=scope.empty(name, parts[0].shape, parts[0].dtype))
+    total = np.add(parts[0], parts[1], out=scope.over(name, parts[0]))
     for part in parts[2:]:
         np.add(total, part, out=total)
     return total
@@ -285,6 +309,11 @@ class _Branches(Container):
     @property
     def _join(self) -> _Join:
         raise NotImplementedError
+
+    @property
+    def leaves_output(self) -> bool:  # type: ignore[override]
+        """Whether y is not just that of a single branch."""
+        return len(self.children) > 1
 
     def output_shape(self, input_shape: Shape) -> Shape:
         """The shape of the branches' outputs, joined."""
@@ -308,11 +337,13 @@ class _Branches(Container):
         for name, layer in self.children.items():
             child = scope.child(name)
             child.check()
+            child.spare = False  # the others take it too
             part, kept = layer.forward(Within(params, name), x, child)
             parts.append(part)
             saved.append(kept)
         joint = scope.child(self._join.kind)
         joint.check()
+        joint.spare = next(iter(self.children.values())).leaves_output
         return self._join.join(parts, joint), _Joined(saved, [part.shape[-1] for part in parts])
 
     def backward(
@@ -321,12 +352,20 @@ class _Branches(Container):
         """Each branch with its share of dy; dx is the sum of theirs, from the first branch to the last."""
         scope.check()
         shares = self._join.split(dy, saved.widths, scope.child(self._join.kind))
-        gradients = []
+        gradients, spare = [], []
         for (name, layer), kept, share in zip(self.children.items(), saved.saved, shares, strict=True):
-            dx = layer.backward(Within(params, name), kept, share, scope.child(name), need_input)
+            child = scope.child(name)
+            child.spare = False
+            dx = layer.backward(Within(params, name), kept, share, child, need_input)
             if dx is not None:
                 gradients.append(dx)
-        return _sum(gradients, "dx", scope) if need_input else None
+                spare.append(_is_spare(dx, share, layer, child))
+        if not need_input:
+            return None
+        scope.spare = spare[0]
+        dx = _sum(gradients, "dx", scope)
+        scope.spare = scope.spare or len(gradients) > 1
+        return dx
 
 
 @register_layer("parallel")

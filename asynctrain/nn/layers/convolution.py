@@ -12,7 +12,7 @@ import numpy as np
 
 from asynctrain.arena import Array, Shape
 from asynctrain.nn import initializers
-from asynctrain.nn.kernels import conv, depthwise, winograd
+from asynctrain.nn.kernels import conv, winograd
 from asynctrain.nn.kernels.backend import NUMPY, Kernels
 from asynctrain.nn.layers.base import Layer, Parameter, check_integer, pair, register_layer, times
 from asynctrain.nn.scope import Scope
@@ -28,6 +28,7 @@ class _Seen(NamedTuple):
     shape: Shape  # of the image itself
     corner: conv.Pair  # the rows and columns of padding before the image
     algorithm: _Algorithm
+    tiles: Array | None = None  # of the image, transformed, where the algorithm keeps them
 
 
 @register_layer("conv2d")
@@ -51,6 +52,8 @@ class Conv2D(Layer):
         use_bias: whether there is a b; before a normalisation it is of no use.
         initializer: of the weight.
     """
+
+    leaves_output: ClassVar[bool] = True
 
     filters: int
     kernel_size: int | tuple[int, int] = 3
@@ -169,6 +172,7 @@ class Conv2D(Layer):
         y = scope.empty("y", (len(x), *self.output_shape(x.shape[1:])), x.dtype)
         algorithm = self._algorithm(y.shape, x.shape[3], scope.kernels)
         seen = self._pad(x, scope, algorithm)
+        seen = seen._replace(tiles=algorithm.tiles(x.shape[3], y, scope))
         bias = params["bias"] if self.use_bias else None
         algorithm.forward(seen, params["weight"], bias, self.geometry, y, scope)
         return y, seen
@@ -202,6 +206,10 @@ class _Algorithm:
 
     pads: ClassVar[bool]  # whether the kernels take the image with its padding
 
+    def tiles(self, channels: int, y: Array, scope: Scope) -> Array | None:
+        """Return memory for the image's tiles, transformed, if training keeps them for the weight gradient."""
+        return None
+
     def forward(
         self, seen: _Seen, weight: Array, bias: Array | None, geometry: conv.Geometry, y: Array, scope: Scope
     ) -> Array:
@@ -225,7 +233,7 @@ class _Columns(_Algorithm):
         self, seen: _Seen, weight: Array, bias: Array | None, geometry: conv.Geometry, y: Array, scope: Scope
     ) -> Array:
         columns = _columns("columns", y.shape, geometry, seen.x, scope)
-        return conv.correlate(seen.x, weight, geometry, out=y, columns=columns, bias=bias)
+        return scope.kernels.conv_correlate(seen.x, weight, geometry, out=y, columns=columns, bias=bias)
 
     def backward_input(
         self, seen: _Seen, weight: Array, dy: Array, geometry: conv.Geometry, dx: Array, scope: Scope
@@ -233,9 +241,9 @@ class _Columns(_Algorithm):
         if geometry.stride != (1, 1):
             columns = _columns("columns_of_dx", dy.shape, geometry, seen.x, scope)
             padded = scope.empty("padded_dx", seen.x.shape, dy.dtype)
-            return conv.scatter(weight, dy, seen.corner, geometry, out=dx, padded=padded, columns=columns)
+            return scope.kernels.conv_scatter(weight, dy, seen.corner, geometry, out=dx, padded=padded, columns=columns)
         padded = _spread(dy, geometry, dx, scope)
-        return conv.correlate_backward_input(
+        return scope.kernels.conv_correlate_backward_input(
             weight,
             dy,
             seen.corner,
@@ -249,7 +257,9 @@ class _Columns(_Algorithm):
     def backward_params(self, seen: _Seen, dy: Array, geometry: conv.Geometry, dweight: Array, scope: Scope) -> Array:
         columns = _columns("columns", dy.shape, geometry, seen.x, scope)
         partial = scope.empty("partial", dweight.shape, dy.dtype)
-        return conv.correlate_backward_params(seen.x, dy, geometry, out=dweight, columns=columns, partial=partial)
+        return scope.kernels.conv_correlate_backward_params(
+            seen.x, dy, geometry, out=dweight, columns=columns, partial=partial
+        )
 
 
 class _Depthwise(_Algorithm):
@@ -261,20 +271,20 @@ class _Depthwise(_Algorithm):
         self, seen: _Seen, weight: Array, bias: Array | None, geometry: conv.Geometry, y: Array, scope: Scope
     ) -> Array:
         repeated = scope.empty("repeated", (*geometry.window, *y.shape[2:]), y.dtype)
-        return depthwise.correlate(seen.x, weight, geometry, out=y, repeated=repeated, bias=bias)
+        return scope.kernels.depthwise_correlate(seen.x, weight, geometry, out=y, repeated=repeated, bias=bias)
 
     def backward_input(
         self, seen: _Seen, weight: Array, dy: Array, geometry: conv.Geometry, dx: Array, scope: Scope
     ) -> Array:
         repeated = scope.empty("repeated_for_dx", (*geometry.window, *dx.shape[2:]), dy.dtype)
         spread = _spread(dy, geometry, dx, scope)
-        return depthwise.correlate_backward_input(
+        return scope.kernels.depthwise_correlate_backward_input(
             weight, dy, seen.corner, geometry, out=dx, spread=spread, repeated=repeated
         )
 
     def backward_params(self, seen: _Seen, dy: Array, geometry: conv.Geometry, dweight: Array, scope: Scope) -> Array:
         partial = scope.empty("partial", (len(dy), *geometry.window, dy.shape[3]), dy.dtype)
-        return depthwise.correlate_backward_params(seen.x, dy, geometry, out=dweight, partial=partial)
+        return scope.kernels.depthwise_correlate_backward_params(seen.x, dy, geometry, out=dweight, partial=partial)
 
 
 class _Winograd(_Algorithm):
@@ -294,7 +304,7 @@ class _Winograd(_Algorithm):
             spectrum=spectrum,
             scratch=scratch,
             bias=bias,
-            seen=self._kept(seen, y, scope),
+            seen=seen.tiles,
         )
 
     def backward_input(
@@ -323,14 +333,13 @@ class _Winograd(_Algorithm):
             spectrum=spectrum,
             partial=partial,
             scratch=scratch,
-            seen=self._kept(seen, dy, scope),
+            seen=seen.tiles,
         )
 
-    def _kept(self, seen: _Seen, y: Array, scope: Scope) -> Array | None:
-        """Return memory for the image's tiles, transformed, which training keeps from the forward pass."""
-        if not scope.train:
+    def tiles(self, channels: int, y: Array, scope: Scope) -> Array | None:
+        if not (scope.train and scope.kernels.winograd_keeps_tiles):
             return None
-        return scope.empty("seen", winograd.blocks(y.shape).seen(len(y), seen.shape[3]), y.dtype)
+        return scope.empty("seen", winograd.blocks(y.shape).seen(len(y), channels), y.dtype)
 
     def _buffers(
         self, suffix: str, output: Shape, channels: int, dtype: np.dtype[Any], scope: Scope

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from math import prod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,10 @@ class _Normalized(NamedTuple):
     mean: Array
     inverse: Array
     own: bool  # whether they are the microbatch's own, so that the gradient passes through them too
+
+    def in_terms_of_n(self, of_dy: Array, of_dy_x: Array) -> tuple[Array, Array]:
+        """Return the sum of dy n and that of dy, n the normalised x, for those of dy and of dy x."""
+        return (of_dy_x - self.mean * of_dy) * self.inverse, of_dy
 
 
 @register_layer("batch_norm")
@@ -44,6 +48,8 @@ class BatchNorm(Layer):
             is the other share, 1 - momentum).
         eps: above 0.
     """
+
+    leaves_output: ClassVar[bool] = True
 
     momentum: float = 0.9
     _: KW_ONLY
@@ -83,6 +89,12 @@ class BatchNorm(Layer):
 
     def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, _Normalized]:
         """The formula above."""
+        return self.normalized(params, x, scope, scope.kernels.norm_affine)
+
+    def normalized(
+        self, params: Params, x: Array, scope: Scope, affine: Callable[..., Array]
+    ) -> tuple[Array, _Normalized]:
+        """Return what ``affine`` makes of x and the factor and the offset of each channel."""
         rows = _rows(x)
         if scope.train:
             mean, variance = scope.kernels.norm_moments(rows, scratch=_scratch("scratch", rows, scope))
@@ -93,7 +105,7 @@ class BatchNorm(Layer):
         inverse = 1 / np.sqrt(variance + self.eps)
         factor = params["scale"] * inverse
         y = scope.empty("y", x.shape, x.dtype)
-        scope.kernels.norm_affine(rows, factor, params["bias"] - mean * factor, out=_rows(y))
+        affine(rows, factor, params["bias"] - mean * factor, out=_rows(y))
         return y, _Normalized(x, mean, inverse, scope.train)
 
     def backward(
@@ -104,37 +116,91 @@ class BatchNorm(Layer):
         dscale, dbias = self._sums(saved, dy, scope)
         scope.gradient("scale")[...] = dscale
         scope.gradient("bias")[...] = dbias
-        return self._input_gradient(params, saved, dy, dscale, dbias, scope) if need_input else None
+        if not need_input:
+            return None
+        return self.input_gradient(params, saved, dy, dscale, dbias, scope, out=scope.over("dx", dy))
 
     def backward_input(self, params: Params, saved: _Normalized, dy: Array, scope: Scope) -> Array:
         """dx = scale / sqrt(variance + eps) (dy - mean(dy) - n mean(dy n)), n the normalised x and means over rows.
 
         With running statistics, which do not depend on x, the two means fall away.
         """
-        return self._input_gradient(params, saved, dy, *self._sums(saved, dy, scope), scope)
+        sums = self._sums(saved, dy, scope)
+        return self.input_gradient(params, saved, dy, *sums, scope, out=scope.over("dx", dy))
 
     def backward_params(self, params: Params, saved: _Normalized, dy: Array, scope: Scope) -> None:
         """dscale = sum of dy n, dbias = sum of dy, over rows."""
         scope.gradient("scale")[...], scope.gradient("bias")[...] = self._sums(saved, dy, scope)
 
     def _sums(self, saved: _Normalized, dy: Array, scope: Scope) -> tuple[Array, Array]:
-        dbias, products = scope.kernels.norm_sums(_rows(saved.x), _rows(dy))
-        return (products - saved.mean * dbias) * saved.inverse, dbias
+        return saved.in_terms_of_n(*scope.kernels.norm_sums(_rows(saved.x), _rows(dy)))
 
-    def _input_gradient(
-        self, params: Params, saved: _Normalized, dy: Array, dscale: Array, dbias: Array, scope: Scope
+    def input_gradient(
+        self, params: Params, saved: _Normalized, dy: Array, dscale: Array, dbias: Array, scope: Scope, *, out: Array
     ) -> Array:
+        """Write dx for dy and the gradients of scale and bias into ``out``, which may be dy, and return it."""
         rows = _rows(dy)
-        dx = scope.empty("dx", dy.shape, dy.dtype)
         factor = params["scale"] * saved.inverse
         if not saved.own:
-            norm.scaled(rows, factor, out=_rows(dx))
-            return dx
+            norm.scaled(rows, factor, out=_rows(out))
+            return out
         of_x = -factor * saved.inverse * dscale / len(rows)
         offset = -factor * dbias / len(rows) - of_x * saved.mean
         scratch = _scratch("scratch_of_dx", rows, scope)
-        scope.kernels.norm_combination(_rows(saved.x), rows, of_x, factor, offset, out=_rows(dx), scratch=scratch)
-        return dx
+        scope.kernels.norm_combination(_rows(saved.x), rows, of_x, factor, offset, out=_rows(out), scratch=scratch)
+        return out
+
+
+class _Rectified(NamedTuple):
+    """What batch normalisation with a ReLU saves."""
+
+    normalized: _Normalized
+    y: Array
+
+
+@dataclass(frozen=True)
+class RectifiedNorm(Layer):
+    """y = max(n(x), 0), n being a ``BatchNorm``: it and the ``ReLU`` behind it, in fewer passes over memory.
+
+    It is no layer that a model is made of, but what a ``Sequential`` computes with; see ``fused``.
+
+    Args:
+        norm: the batch normalisation, whose parameters and statistics it has.
+    """
+
+    leaves_output: ClassVar[bool] = False  # the sign of y is that of n
+
+    norm: BatchNorm
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        """Unchanged."""
+        return self.norm.output_shape(input_shape)
+
+    def forward(self, params: Params, x: Array, scope: Scope) -> tuple[Array, _Rectified]:
+        """The formula above."""
+        y, saved = self.norm.normalized(params, x, scope, scope.kernels.norm_affine_relu)
+        return y, _Rectified(saved, y)
+
+    def backward(
+        self, params: Params, saved: _Rectified, dy: Array, scope: Scope, need_input: bool = True
+    ) -> Array | None:
+        """That of the normalisation for g = dy [y > 0], which comes with the sums that all is made of."""
+        scope.check()
+        normalized, y = saved
+        dx = scope.over("dx", dy)
+        x, g = _rows(normalized.x), _rows(dx)
+        positive = scope.empty("positive", (norm.block_size(x),), np.dtype(np.bool_))
+        sums = scope.kernels.norm_relu_sums(x, _rows(y), _rows(dy), out=g, positive=positive)
+        dscale, dbias = normalized.in_terms_of_n(*sums)
+        scope.gradient("scale")[...] = dscale
+        scope.gradient("bias")[...] = dbias
+        if not need_input:
+            return None
+        return self.norm.input_gradient(params, normalized, dx, dscale, dbias, scope, out=dx)
+
+    def backward_params(self, params: Params, saved: _Rectified, dy: Array, scope: Scope) -> None:
+        """Not apart from the input gradient: see ``backward``."""
+        self.backward(params, saved, dy, scope, need_input=False)
 
 
 class _Grouped(NamedTuple):

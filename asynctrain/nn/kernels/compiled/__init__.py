@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asynctrain.nn.kernels.backend import Kernels
-from asynctrain.nn.kernels.compiled import activations, norm, pool, winograd
+from asynctrain.nn.kernels.compiled import activations, conv, depthwise, norm, pool, winograd
 
 
 class NumbaKernels(Kernels):
@@ -25,9 +25,21 @@ class NumbaKernels(Kernels):
 
     norm_moments = staticmethod(norm.moments)
     norm_affine = staticmethod(norm.affine)
+    norm_affine_relu = staticmethod(norm.affine_relu)
     norm_sums = staticmethod(norm.sums)
+    norm_relu_sums = staticmethod(norm.relu_sums)
     norm_combination = staticmethod(norm.combination)
 
+    conv_correlate = staticmethod(conv.correlate)
+    conv_correlate_backward_input = staticmethod(conv.correlate_backward_input)
+    conv_scatter = staticmethod(conv.scatter)
+    conv_correlate_backward_params = staticmethod(conv.correlate_backward_params)
+
+    depthwise_correlate = staticmethod(depthwise.correlate)
+    depthwise_correlate_backward_input = staticmethod(depthwise.correlate_backward_input)
+    depthwise_correlate_backward_params = staticmethod(depthwise.correlate_backward_params)
+
+    winograd_keeps_tiles: ClassVar[bool] = False  # to transform them again takes less time than to store them
     winograd_pays = staticmethod(winograd.pays)
     winograd_correlate = staticmethod(winograd.correlate)
     winograd_correlate_backward_input = staticmethod(winograd.correlate_backward_input)
@@ -38,7 +50,7 @@ class NumbaKernels(Kernels):
 
     def warm_up(self, dtype: npt.DTypeLike) -> None:
         """Compile all kernels for arrays of ``dtype``, or read them from the cache."""
-        for module in (activations, norm, winograd, pool):
+        for module in (activations, norm, conv, depthwise, winograd, pool):
             module.warm_up(np.dtype(dtype))
 
 

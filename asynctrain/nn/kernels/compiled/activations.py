@@ -9,6 +9,8 @@ import numpy as np
 from asynctrain.arena import Array
 from asynctrain.nn.kernels.compiled.jit import compiled
 
+PIECE = 1024  # elements, that stay in the first-level cache
+
 
 def relu(x: Array, *, out: Array) -> Array:
     """Write y = max(x, 0) into ``out`` and return it; a NaN stays one."""
@@ -31,9 +33,15 @@ def relu_backward(y: Array, dy: Array, *, out: Array, positive: Array) -> Array:
 
 @compiled
 def _relu_backward(y: Array, dy: Array, dx: Array) -> None:
+    """In pieces, as dx may be dy: the compiler makes vectors only of loops that do not write what they read."""
     zero = dy.dtype.type(0)
-    for i in range(y.size):
-        dx[i] = dy[i] if y[i] > zero else zero
+    piece = np.empty(PIECE, dy.dtype)
+    for start in range(0, y.size, PIECE):
+        value, gradient, target = y[start : start + PIECE], dy[start : start + PIECE], dx[start : start + PIECE]
+        for i in range(value.size):
+            piece[i] = gradient[i] if value[i] > zero else zero
+        for i in range(value.size):
+            target[i] = piece[i]
 
 
 def warm_up(dtype: np.dtype[Any]) -> None:

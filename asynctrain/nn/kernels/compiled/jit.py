@@ -16,7 +16,8 @@ def compiled(function: F) -> F:
     """Compile a kernel at its first call; other processes find it in the cache beside the module, or in the user's.
 
     Where there is no folder that can be written, each process compiles its own. The cache looks at the time of the
-    kernel's own file alone: a kernel may call others only of the same file.
+    kernel's own file alone: a kernel may call others only of the same file, and of ``lanes``. Whoever changes that one
+    deletes the ``__pycache__`` beside it; an installation writes all files anew.
     """
     try:
         kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=_contract)(function)

@@ -96,6 +96,57 @@ def _affine(x: Array, factor: Array, offset: Array, y: Array) -> None:
             y[r, c] = x[r, c] * factor[c] + offset[c]
 
 
+def affine_relu(x: Array, factor: Array, offset: Array, *, out: Array) -> Array:
+    """Write y = max(x factor + offset, 0) into ``out`` (R, C) and return it; the coefficients are (C,)."""
+    wide_x, wide_out = _wide(x, out)
+    _affine_relu(wide_x, _repeated(factor, x), _repeated(offset, x), wide_out)
+    return out
+
+
+@compiled
+def _affine_relu(x: Array, factor: Array, offset: Array, y: Array) -> None:
+    zero = x.dtype.type(0)
+    for r in range(len(x)):
+        for c in range(x.shape[1]):
+            value = x[r, c] * factor[c] + offset[c]
+            y[r, c] = zero if value < zero else value  # noqa: FURB136 - max would lose a NaN
+
+
+def relu_sums(x: Array, y: Array, dy: Array, *, out: Array, positive: Array) -> tuple[Array, Array]:
+    """Write g = dy [y > 0] into ``out``, which may be dy, and return sum_r g[r] and sum_r g[r] x[r], (C,) float64.
+
+    All arrays are (R, C); ``positive`` is not used.
+    """
+    channels = x.shape[1]
+    wide_x, wide_y, wide_dy, wide_out = _wide(x, y, dy, out)
+    totals, block = np.zeros((2, wide_x.shape[1])), np.empty((3, wide_x.shape[1]), x.dtype)
+    _relu_sums(wide_x, wide_y, wide_dy, wide_out, totals, block)
+    plain, products = totals.reshape(2, -1, channels).sum(axis=1)
+    return plain, products
+
+
+@compiled
+def _relu_sums(x: Array, y: Array, dy: Array, g: Array, totals: Array, block: Array) -> None:
+    """Write g and add to ``totals`` (2, columns); ``block`` is scratch (3, columns).
+
+    A row of g is made in scratch: the compiler makes vectors only of loops that do not write what they read.
+    """
+    plain, products, row = block[0], block[1], block[2]
+    zero = x.dtype.type(0)
+    for start in range(0, len(x), BLOCK):
+        block[:] = 0
+        for r in range(start, min(len(x), start + BLOCK)):
+            for c in range(x.shape[1]):
+                row[c] = dy[r, c] if y[r, c] > zero else zero
+            for c in range(x.shape[1]):
+                g[r, c] = row[c]
+                plain[c] += row[c]
+                products[c] += row[c] * x[r, c]
+        for c in range(x.shape[1]):
+            totals[0, c] += plain[c]
+            totals[1, c] += products[c]
+
+
 def sums(x: Array, dy: Array) -> tuple[Array, Array]:
     """Return sum_r dy[r] and sum_r dy[r] x[r] of arrays (R, C), each (C,) float64."""
     channels = x.shape[1]
@@ -133,9 +184,12 @@ def combination(x: Array, dy: Array, of_x: Array, of_dy: Array, offset: Array, *
 
 @compiled
 def _combination(x: Array, dy: Array, of_x: Array, of_dy: Array, offset: Array, dx: Array) -> None:
+    row = np.empty_like(of_x)  # as above: dx may be dy
     for r in range(len(x)):
         for c in range(x.shape[1]):
-            dx[r, c] = of_x[c] * x[r, c] + (of_dy[c] * dy[r, c] + offset[c])
+            row[c] = of_x[c] * x[r, c] + (of_dy[c] * dy[r, c] + offset[c])
+        for c in range(x.shape[1]):
+            dx[r, c] = row[c]
 
 
 def warm_up(dtype: np.dtype[Any]) -> None:
@@ -143,5 +197,7 @@ def warm_up(dtype: np.dtype[Any]) -> None:
     x, c = np.zeros((1, 1), dtype), np.zeros(1)
     moments(x, scratch=x)
     affine(x, c, c, out=x)
+    affine_relu(x, c, c, out=x)
     sums(x, x)
+    relu_sums(x, x, x, out=x, positive=x)
     combination(x, x, c, c, c, out=x, scratch=x)

@@ -1,17 +1,16 @@
-"""Winograd's minimal filtering F(4x4, 3x3), its transforms compiled; see ``kernels.winograd`` for the method.
+"""Winograd's minimal filtering F(4x4, 3x3), compiled; see ``kernels.winograd`` for the method.
 
 numpy transforms both axes of a tile at once by a matrix product of 36x36 numbers; here one axis comes after the other,
 and each by a third of the operations, as the interpolation points are 0, p, -p, q, -q with p q = 1 and infinity: with
-even and odd parts apart, rows for a point and for its negative share their terms. ``LANES`` channels of one
-tile are transformed at a time, in scratch that stays in the first-level cache; they are a constant, so that the
-compiler knows where everything in there is. Where C or
-F is no multiple of them, numpy's kernels do the work.
+even and odd parts apart, rows for a point and for its negative share their terms. ``LANES`` channels of one tile are
+transformed at a time, in registers; where C or F is no multiple of them, numpy's kernels do the work.
+
+A convolution is one call: for each block of tiles, the transforms and the 36 products.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,15 @@ import numpy as np
 from asynctrain.arena import Array, Shape
 from asynctrain.nn.kernels import winograd
 from asynctrain.nn.kernels.compiled.jit import compiled, inlined
+from asynctrain.nn.kernels.compiled.lanes import LANES, load, load_inside, multiply, spread, store
 from asynctrain.nn.kernels.conv import Pair
-from asynctrain.nn.kernels.winograd import POINTS, SEEN, TILE, Blocks, blocks, matrices
+from asynctrain.nn.kernels.winograd import POINTS, SEEN, TILE, blocks, matrices
 
-LANES = 16  # channels at a time
 P, Q = POINTS[1], POINTS[3]
 PLACES = SEEN * SEEN
-TRANSFORM = 25  # multiply-adds of the products that transforming a number costs in time
+TRANSFORM = 12  # multiply-adds of the products that transforming a number costs in time
+BLOCK_BYTES = 512 * 1024  # of the transformed tiles of a block, of both kinds, so that they stay in cache
+FEWEST, MOST = 24, 96  # tiles in a block
 
 
 def _fits(channels: int, filters: int) -> bool:
@@ -36,6 +37,13 @@ def _fits(channels: int, filters: int) -> bool:
 def pays(output: Shape, channels: int) -> bool:
     """Return whether this is faster than columns, by the rule of ``kernels.winograd.pays`` with figures of its own."""
     return winograd.pays(output, channels, TRANSFORM) if _fits(channels, output[3]) else winograd.pays(output, channels)
+
+
+@lru_cache(maxsize=256)
+def _tiles_at_once(output: Shape, channels: int, itemsize: int) -> int:
+    """Return how many tiles of an ``output`` (N, h, w, F) make a block."""
+    wanted = BLOCK_BYTES // (PLACES * (channels + output[3]) * itemsize)
+    return min(blocks(output).tiles, max(FEWEST, min(MOST, wanted)))
 
 
 def correlate(
@@ -51,19 +59,15 @@ def correlate(
 ) -> Array:
     """Write y[n, h, w, f] = b[f] + sum_ijc x[n, h + i - top, w + j - left, c] weight[i, j, c, f] and return it.
 
-    The arguments are those of ``kernels.winograd.correlate``.
+    The arguments are those of ``kernels.winograd.correlate``; ``seen`` is not used.
     """
     C, F = weight.shape[2:]
     if not _fits(C, F):
         return winograd.correlate(x, weight, corner, out=out, spectrum=spectrum, scratch=scratch, bias=bias, seen=seen)
-    plan = blocks(out.shape)
-    np.matmul(matrices(x.dtype).filter, weight.reshape(9, -1), out=spectrum.reshape(PLACES, -1))
-    start = np.zeros(F, x.dtype) if bias is None else np.array(bias)
-    for number, (images, rows) in enumerate(plan.cut(len(out))):
-        tiles = _tiles(x, corner, images, rows, plan, scratch[1] if seen is None else seen[number].reshape(-1))
-        products = _part(scratch[0], (len(tiles), PLACES, F))
-        np.matmul(tiles.swapaxes(0, 1), spectrum, out=products.swapaxes(0, 1))
-        _put(products, start, rows.start, rows.stop - rows.start, plan.across, out[images])
+    at_once = _tiles_at_once(out.shape, C, x.itemsize)
+    start = np.zeros(F, x.dtype) if bias is None else bias.copy()  # which, unlike a bias, is never read-only
+    _transform_weight(weight, matrices(x.dtype).filter, spectrum)
+    _correlate(x, corner, spectrum, start, out, scratch[0], scratch[1], at_once)
     return out
 
 
@@ -74,8 +78,12 @@ def correlate_backward_input(
 
     The arguments are those of ``kernels.winograd.correlate_backward_input``.
     """
-    np.copyto(flipped, weight[::-1, ::-1].swapaxes(2, 3))
-    return correlate(dy, flipped, (2 - corner[0], 2 - corner[1]), out=out, spectrum=spectrum, scratch=scratch)
+    corner = 2 - corner[0], 2 - corner[1]
+    if not _fits(*weight.shape[2:]):
+        np.copyto(flipped, weight[::-1, ::-1].swapaxes(2, 3))
+        return winograd.correlate(dy, flipped, corner, out=out, spectrum=spectrum, scratch=scratch)
+    _flip(weight, flipped)
+    return correlate(dy, flipped, corner, out=out, spectrum=spectrum, scratch=scratch)
 
 
 def correlate_backward_params(
@@ -91,176 +99,246 @@ def correlate_backward_params(
 ) -> Array:
     """Write dweight[i, j, c, f] = sum_nhw x[n, h + i - top, w + j - left, c] dy[n, h, w, f] and return it.
 
-    The arguments are those of ``kernels.winograd.correlate_backward_params``.
+    The arguments are those of ``kernels.winograd.correlate_backward_params``; ``seen`` and ``partial`` are not used.
     """
-    if not _fits(*out.shape[2:]):
+    C, F = out.shape[2:]
+    if not _fits(C, F):
         return winograd.correlate_backward_params(
             x, dy, corner, out=out, spectrum=spectrum, partial=partial, scratch=scratch, seen=seen
         )
-    plan = blocks(dy.shape)
-    for number, (images, rows) in enumerate(plan.cut(len(dy))):
-        if seen is None:
-            tiles = _tiles(x, corner, images, rows, plan, scratch[1])
-        else:
-            tiles = _part(seen[number].reshape(-1), (plan.count(images, rows), PLACES, x.shape[3]))
-        wanted = _part(scratch[0], (len(tiles), PLACES, dy.shape[3]))
-        _take_gradient(dy[images], rows.start, rows.stop - rows.start, plan.across, wanted)
-        share = spectrum if number == 0 else partial
-        np.matmul(tiles.transpose(1, 2, 0), wanted.swapaxes(0, 1), out=share)
-        if number > 0:
-            np.add(spectrum, partial, out=spectrum)
-    np.matmul(matrices(x.dtype).filter.T, spectrum.reshape(PLACES, -1), out=out.reshape(9, -1))
+    at_once = _tiles_at_once(dy.shape, C, x.itemsize)
+    _correlate_backward_params(x, corner, dy, matrices(x.dtype).filter, spectrum, out, scratch[0], scratch[1], at_once)
     return out
 
 
-def _tiles(x: Array, corner: Pair, images: slice, rows: slice, plan: Blocks, memory: Array) -> Array:
-    """Return B^T d B (T, 36, C) for the tiles of a block, at the beginning of ``memory``."""
-    tiles = _part(memory, (plan.count(images, rows), PLACES, x.shape[3]))
-    _take_image(x[images], corner[0] - rows.start * TILE, corner[1], rows.stop - rows.start, plan.across, tiles)
-    return tiles
-
-
-def _part(scratch: Array, shape: Shape) -> Array:
-    """Return the beginning of one piece of scratch memory as an array of ``shape``."""
-    return scratch[: prod(shape)].reshape(shape)
+@compiled
+def _correlate(
+    x: Array,
+    corner: Pair,
+    spectrum: Array,
+    bias: Array,
+    y: Array,
+    tiles: Array,
+    products: Array,
+    at_once: int,
+) -> None:
+    """``tiles`` and ``products`` are scratch of (``at_once``, 36, C) and (``at_once``, 36, F) elements."""
+    C, F = spectrum.shape[1:]
+    N, h, w, _ = y.shape
+    count = N * -(-h // TILE) * -(-w // TILE)
+    r = np.empty(PLACES * LANES, x.dtype)
+    for first in range(0, count, at_once):
+        here = min(at_once, count - first)
+        for tile in range(here):
+            _take_image(x, corner, y.shape, first + tile, tiles, tile * PLACES * C, r)
+        for place in range(PLACES):
+            a, b = (tiles, place * C, PLACES * C, 1), (spectrum, place * C * F, F, 1)
+            multiply(a, b, (products, place * F, PLACES * F, 1), here, F, C, False)
+        for tile in range(here):
+            _put(products, tile * PLACES * F, bias, y, first + tile, r)
 
 
 @compiled
-def _take_image(x: Array, top: int, left: int, down: int, across: int, seen: Array) -> None:  # noqa: C901 - loops within loops
-    """Write B^T d B of all tiles d of ``x`` (n, H, W, C), zero outside the image, to ``seen`` (T, 36, C)."""
-    images, H, W, C = x.shape
-    r = np.empty((2 * PLACES, LANES), x.dtype)
-    for n in range(images):
-        for h in range(down):
-            for w in range(across):
-                tile = (n * down + h) * across + w
-                for start in range(0, C, LANES):
-                    for i in range(SEEN):
-                        for j in range(SEEN):
-                            u, v = h * TILE + i - top, w * TILE + j - left
-                            if 0 <= u < H and 0 <= v < W:
-                                for c in range(LANES):
-                                    r[i * SEEN + j, c] = x[n, u, v, start + c]
-                            else:
-                                for c in range(LANES):
-                                    r[i * SEEN + j, c] = 0
-                    for j in range(SEEN):
-                        _see(r, j, SEEN, PLACES + j, SEEN)
-                    for i in range(SEEN):
-                        _see(r, PLACES + i * SEEN, 1, i * SEEN, 1)
-                    _store(r, seen, tile, start)
+def _correlate_backward_params(
+    x: Array,
+    corner: Pair,
+    dy: Array,
+    to_spectrum: Array,
+    spectrum: Array,
+    dweight: Array,
+    tiles: Array,
+    wanted: Array,
+    at_once: int,
+) -> None:
+    """``tiles`` and ``wanted`` are scratch of (``at_once``, 36, C) and (``at_once``, 36, F) elements."""
+    C, F = dweight.shape[2:]
+    N, h, w, _ = dy.shape
+    count = N * -(-h // TILE) * -(-w // TILE)
+    r = np.empty(PLACES * LANES, x.dtype)
+    for first in range(0, count, at_once):
+        here = min(at_once, count - first)
+        for tile in range(here):
+            _take_image(x, corner, dy.shape, first + tile, tiles, tile * PLACES * C, r)
+            _take_gradient(dy, first + tile, wanted, tile * PLACES * F, r)
+        for place in range(PLACES):
+            a, b = (tiles, place * C, 1, PLACES * C), (wanted, place * F, PLACES * F, 1)
+            multiply(a, b, (spectrum, place * C * F, F, 1), C, F, here, first > 0)
+    multiply((to_spectrum, 0, 1, 9), (spectrum, 0, C * F, 1), (dweight, 0, C * F, 1), 9, C * F, PLACES, False)
+
+
+@compiled
+def _transform_weight(weight: Array, matrix: Array, spectrum: Array) -> None:
+    """Write G g G^T of all filters g; the ``matrix`` does both axes at once."""
+    columns = weight.shape[2] * weight.shape[3]
+    multiply((matrix, 0, 9, 1), (weight, 0, columns, 1), (spectrum, 0, columns, 1), PLACES, columns, 9, False)
+
+
+@compiled
+def _flip(weight: Array, flipped: Array) -> None:
+    """Write the weights flipped in both axes, channels and filters exchanged."""
+    _, _, C, F = weight.shape
+    for i in range(3):
+        for j in range(3):
+            for f in range(F):
+                for c in range(C):
+                    flipped[2 - i, 2 - j, f, c] = weight[i, j, c, f]
 
 
 @inlined
-def _store(r: Array, tiles: Array, tile: int, start: int) -> None:
-    """Copy all places of ``r`` to the channels of a tile (36, C) from ``start`` on."""
-    for place in range(PLACES):
-        for c in range(LANES):
-            tiles[tile, place, start + c] = r[place, c]
+def _where(tile: int, output: Any) -> tuple[int, int, int]:
+    """Return the image and the first row and column of a tile of an output (N, h, w, F)."""
+    down, across = -(-output[1] // TILE), -(-output[2] // TILE)
+    return tile // (down * across), tile // across % down * TILE, tile % across * TILE
 
 
 @inlined
-def _see(r: Array, source: int, apart: int, target: int, apart_there: int) -> None:
+def _take_image(x: Array, corner: Pair, output: Any, tile: int, tiles: Array, at: int, r: Array) -> None:
+    """Write B^T d B of a tile d of ``x`` (N, H, W, C), zero outside the image, to 36 x C elements of ``tiles``."""
+    _, H, W, C = x.shape
+    n, top, left = _where(tile, output)
+    top, left = top - corner[0], left - corner[1]
+    origin = ((n * H + top) * W + left) * C
+    for start in range(0, C, LANES):
+        for j in range(SEEN):
+            place = origin + j * C + start
+            inside = 0 <= left + j < W
+            d = (
+                load_inside(x, place, inside & (top >= 0) & (top < H)),
+                load_inside(x, place + W * C, inside & (top >= -1) & (top + 1 < H)),
+                load_inside(x, place + 2 * W * C, inside & (top >= -2) & (top + 2 < H)),
+                load_inside(x, place + 3 * W * C, inside & (top >= -3) & (top + 3 < H)),
+                load_inside(x, place + 4 * W * C, inside & (top >= -4) & (top + 4 < H)),
+                load_inside(x, place + 5 * W * C, inside & (top >= -5) & (top + 5 < H)),
+            )
+            _store_six(r, j * LANES, SEEN * LANES, _see(d, x.dtype.type))
+        for i in range(SEEN):
+            row = i * SEEN * LANES
+            _store_six(tiles, at + start + i * SEEN * C, C, _see(_load_six(r, row, LANES), x.dtype.type))
+
+
+@inlined
+def _load_six(r: Array, at: int, apart: int) -> Any:
+    return (
+        load(r, at),
+        load(r, at + apart),
+        load(r, at + 2 * apart),
+        load(r, at + 3 * apart),
+        load(r, at + 4 * apart),
+        load(r, at + 5 * apart),
+    )
+
+
+@inlined
+def _store_six(r: Array, at: int, apart: int, values: Any) -> None:
+    store(r, at, values[0])
+    store(r, at + apart, values[1])
+    store(r, at + 2 * apart, values[2])
+    store(r, at + 3 * apart, values[3])
+    store(r, at + 4 * apart, values[4])
+    store(r, at + 5 * apart, values[5])
+
+
+@inlined
+def _see(d: Any, scalar: Any) -> Any:
     """B^T d of six numbers d for each lane: the polynomials of which all points but one are roots."""
-    p, q, two = r.dtype.type(P), r.dtype.type(Q), r.dtype.type(P * P + Q * Q)
-    pp, qq = r.dtype.type(P * P), r.dtype.type(Q * Q)
-    for c in range(LANES):
-        d0, d1, d2 = r[source, c], r[source + apart, c], r[source + 2 * apart, c]
-        d3, d4, d5 = r[source + 3 * apart, c], r[source + 4 * apart, c], r[source + 5 * apart, c]
-        even_p, odd_p = d4 - qq * d2, p * (d3 - qq * d1)
-        even_q, odd_q = d4 - pp * d2, q * (d3 - pp * d1)
-        r[target, c] = d0 - two * d2 + d4
-        r[target + apart_there, c] = even_p + odd_p
-        r[target + 2 * apart_there, c] = even_p - odd_p
-        r[target + 3 * apart_there, c] = even_q + odd_q
-        r[target + 4 * apart_there, c] = even_q - odd_q
-        r[target + 5 * apart_there, c] = d1 - two * d3 + d5
-
-
-@compiled
-def _put(products: Array, bias: Array, first: int, down: int, across: int, y: Array) -> None:  # noqa: C901 - loops within loops
-    """Write A^T m A + bias of all tiles m in ``products`` (T, 36, F) to their rows of ``y`` (n, h, w, F)."""
-    images, H, W, F = y.shape
-    r = np.empty((2 * PLACES, LANES), y.dtype)
-    for n in range(images):
-        for h in range(first, first + down):
-            for w in range(across):
-                tile = (n * down + h - first) * across + w
-                for start in range(0, F, LANES):
-                    for place in range(PLACES):
-                        for f in range(LANES):
-                            r[place, f] = products[tile, place, start + f]
-                    for j in range(SEEN):
-                        _give(r, j, SEEN, PLACES + j, SEEN)
-                    for i in range(TILE):
-                        _give(r, PLACES + i * SEEN, 1, i * TILE, 1)
-                    for i in range(min(TILE, H - h * TILE)):
-                        for j in range(min(TILE, W - w * TILE)):
-                            for f in range(LANES):
-                                y[n, h * TILE + i, w * TILE + j, start + f] = r[i * TILE + j, f] + bias[start + f]
+    d0, d1, d2, d3, d4, d5 = d
+    p, q, two = spread(scalar(P)), spread(scalar(Q)), spread(scalar(P * P + Q * Q))
+    pp, qq = spread(scalar(P * P)), spread(scalar(Q * Q))
+    even_p, odd_p = d4 - qq * d2, p * (d3 - qq * d1)
+    even_q, odd_q = d4 - pp * d2, q * (d3 - pp * d1)
+    return (
+        d0 - two * d2 + d4,
+        even_p + odd_p,
+        even_p - odd_p,
+        even_q + odd_q,
+        even_q - odd_q,
+        d1 - two * d3 + d5,
+    )
 
 
 @inlined
-def _give(r: Array, source: int, apart: int, target: int, apart_there: int) -> None:
+def _put(products: Array, at: int, bias: Array, y: Array, tile: int, r: Array) -> None:
+    """Write A^T m A + bias of a tile m, 36 x F elements of ``products``, to its place in ``y`` (N, h, w, F)."""
+    _, H, W, F = y.shape
+    n, top, left = _where(tile, y.shape)
+    for start in range(0, F, LANES):
+        for j in range(SEEN):
+            m = _give(_load_six(products, at + start + j * F, SEEN * F), y.dtype.type)
+            store(r, j * LANES, m[0])
+            store(r, (SEEN + j) * LANES, m[1])
+            store(r, (2 * SEEN + j) * LANES, m[2])
+            store(r, (3 * SEEN + j) * LANES, m[3])
+        b = load(bias, start)
+        for i in range(min(TILE, H - top)):
+            m = _give(_load_six(r, i * SEEN * LANES, LANES), y.dtype.type)
+            place = ((n * H + top + i) * W + left) * F + start
+            store(y, place, m[0] + b)
+            if left + 1 < W:
+                store(y, place + F, m[1] + b)
+            if left + 2 < W:
+                store(y, place + 2 * F, m[2] + b)
+            if left + 3 < W:
+                store(y, place + 3 * F, m[3] + b)
+
+
+@inlined
+def _give(m: Any, scalar: Any) -> Any:
     """A^T m of six numbers m for each lane: m_k is the value at point k, y_i the coefficient of the i-th power."""
-    p, q = r.dtype.type(P), r.dtype.type(Q)
-    pp, qq, ppp, qqq = r.dtype.type(P**2), r.dtype.type(Q**2), r.dtype.type(P**3), r.dtype.type(Q**3)
-    for f in range(LANES):
-        m0, m1, m2 = r[source, f], r[source + apart, f], r[source + 2 * apart, f]
-        m3, m4, m5 = r[source + 3 * apart, f], r[source + 4 * apart, f], r[source + 5 * apart, f]
-        even_p, odd_p, even_q, odd_q = m1 + m2, m1 - m2, m3 + m4, m3 - m4
-        r[target, f] = m0 + even_p + even_q
-        r[target + apart_there, f] = p * odd_p + q * odd_q
-        r[target + 2 * apart_there, f] = pp * even_p + qq * even_q
-        r[target + 3 * apart_there, f] = ppp * odd_p + qqq * odd_q + m5
-
-
-@compiled
-def _take_gradient(dy: Array, first: int, down: int, across: int, wanted: Array) -> None:  # noqa: C901 - loops within loops
-    """Write A y A^T of all tiles y of rows of ``dy`` (n, h, w, F), zero outside the image, to ``wanted`` (T, 36, F)."""
-    images, H, W, F = dy.shape
-    r = np.empty((2 * PLACES, LANES), dy.dtype)
-    for n in range(images):
-        for h in range(first, first + down):
-            for w in range(across):
-                tile = (n * down + h - first) * across + w
-                for start in range(0, F, LANES):
-                    for i in range(TILE):
-                        for j in range(TILE):
-                            u, v = h * TILE + i, w * TILE + j
-                            if u < H and v < W:
-                                for f in range(LANES):
-                                    r[i * TILE + j, f] = dy[n, u, v, start + f]
-                            else:
-                                for f in range(LANES):
-                                    r[i * TILE + j, f] = 0
-                    for j in range(TILE):
-                        _want(r, j, TILE, PLACES + j, TILE)
-                    for i in range(SEEN):
-                        _want(r, PLACES + i * TILE, 1, i * SEEN, 1)
-                    _store(r, wanted, tile, start)
+    m0, m1, m2, m3, m4, m5 = m
+    p, q, pp, qq = spread(scalar(P)), spread(scalar(Q)), spread(scalar(P**2)), spread(scalar(Q**2))
+    ppp, qqq = spread(scalar(P**3)), spread(scalar(Q**3))
+    even_p, odd_p, even_q, odd_q = m1 + m2, m1 - m2, m3 + m4, m3 - m4
+    return (
+        m0 + even_p + even_q,
+        p * odd_p + q * odd_q,
+        pp * even_p + qq * even_q,
+        ppp * odd_p + qqq * odd_q + m5,
+    )
 
 
 @inlined
-def _want(r: Array, source: int, apart: int, target: int, apart_there: int) -> None:
+def _take_gradient(dy: Array, tile: int, wanted: Array, at: int, r: Array) -> None:
+    """Write A y A^T of a tile y of ``dy`` (N, h, w, F), zero outside the image, to 36 x F elements of ``wanted``."""
+    _, H, W, F = dy.shape
+    n, top, left = _where(tile, dy.shape)
+    for start in range(0, F, LANES):
+        for j in range(TILE):
+            place = ((n * H + top) * W + left + j) * F + start
+            inside = left + j < W
+            y = (
+                load_inside(dy, place, inside),
+                load_inside(dy, place + W * F, inside & (top + 1 < H)),
+                load_inside(dy, place + 2 * W * F, inside & (top + 2 < H)),
+                load_inside(dy, place + 3 * W * F, inside & (top + 3 < H)),
+            )
+            _store_six(r, j * LANES, TILE * LANES, _want(y, dy.dtype.type))
+        for i in range(SEEN):
+            row = i * TILE * LANES
+            y = load(r, row), load(r, row + LANES), load(r, row + 2 * LANES), load(r, row + 3 * LANES)
+            _store_six(wanted, at + start + i * SEEN * F, F, _want(y, dy.dtype.type))
+
+
+@inlined
+def _want(y: Any, scalar: Any) -> Any:
     """A y of four numbers y for each lane, the transpose of ``_give``."""
-    p, q = r.dtype.type(P), r.dtype.type(Q)
-    pp, qq, ppp, qqq = r.dtype.type(P**2), r.dtype.type(Q**2), r.dtype.type(P**3), r.dtype.type(Q**3)
-    for f in range(LANES):
-        y0, y1, y2, y3 = r[source, f], r[source + apart, f], r[source + 2 * apart, f], r[source + 3 * apart, f]
-        even_p, odd_p = y0 + pp * y2, p * y1 + ppp * y3
-        even_q, odd_q = y0 + qq * y2, q * y1 + qqq * y3
-        r[target, f] = y0
-        r[target + apart_there, f] = even_p + odd_p
-        r[target + 2 * apart_there, f] = even_p - odd_p
-        r[target + 3 * apart_there, f] = even_q + odd_q
-        r[target + 4 * apart_there, f] = even_q - odd_q
-        r[target + 5 * apart_there, f] = y3
+    y0, y1, y2, y3 = y
+    p, q, pp, qq = spread(scalar(P)), spread(scalar(Q)), spread(scalar(P**2)), spread(scalar(Q**2))
+    ppp, qqq = spread(scalar(P**3)), spread(scalar(Q**3))
+    even_p, odd_p = y0 + pp * y2, p * y1 + ppp * y3
+    even_q, odd_q = y0 + qq * y2, q * y1 + qqq * y3
+    return (y0, even_p + odd_p, even_p - odd_p, even_q + odd_q, even_q - odd_q, y3)
 
 
 def warm_up(dtype: np.dtype[Any]) -> None:
-    """Compile the kernels for arrays of ``dtype``."""
-    image, tiles = np.zeros((1, TILE, TILE, LANES), dtype), np.zeros((1, PLACES, LANES), dtype)
-    _take_image(image, 1, 1, 1, 1, tiles)
-    _put(tiles, np.zeros(LANES, dtype), 0, 1, 1, image)
-    _take_gradient(image, 0, 1, 1, tiles)
+    """Compile the kernels for arrays of ``dtype``, weights being read-only or not."""
+    image = np.zeros((1, 1, 1, LANES), dtype)
+    weight, spectrum = np.zeros((3, 3, LANES, LANES), dtype), np.zeros((PLACES, LANES, LANES), dtype)
+    scratch = np.zeros(blocks(image.shape).scratch(LANES), dtype)
+    correlate_backward_params(image, image, (1, 1), out=weight, spectrum=spectrum, partial=spectrum, scratch=scratch)
+    read_only = weight.view()
+    read_only.flags.writeable = False
+    for weights in (weight, read_only):
+        correlate(image, weights, (1, 1), out=image.copy(), spectrum=spectrum, scratch=scratch)
+        correlate_backward_input(
+            weights, image, (1, 1), out=image.copy(), flipped=weight.copy(), spectrum=spectrum, scratch=scratch
+        )
