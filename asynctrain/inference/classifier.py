@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast, overload
+from typing import Any, Protocol, cast, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
-from asynctrain._aio import Failure, in_thread, step_back
+from asynctrain._aio import in_thread
 from asynctrain._files import write_whole
 from asynctrain.arena import Arena, Array
-from asynctrain.data.images import ImageSettings, decode
-from asynctrain.errors import CheckpointError, ReadError
+from asynctrain.data.images import ImageSettings
+from asynctrain.errors import CheckpointError
 from asynctrain.executors.base import Executor
-from asynctrain.executors.blas import find_blas, one_blas_thread
-from asynctrain.executors.worker import GradientWorker, StopFlag
 from asynctrain.inference.evaluate import EvaluationResult, Metric, evaluate, forward
-from asynctrain.inference.gathering import Gathering
+from asynctrain.inference.predictor import MICRO_BATCH, ImageLike, Images, Predictor, one_by_one
 from asynctrain.nn.kernels.activations import softmax
 from asynctrain.nn.model import Model
-from asynctrain.types import BatchStream, ForwardWork, Params, Program
+from asynctrain.types import BatchStream, Params, Program
 
 FORMAT = "asynctrain.classifier/1"
-MICRO_BATCH = 64  # images that one thread answers before it lets others have their turn
-
-ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | Array
-Images: TypeAlias = Sequence[ImageLike]  # a list or a tuple: bytes and strings, sequences too, are one image
 
 
 class Trained(Protocol):
@@ -74,12 +67,9 @@ class Classifier:
     def __init__(
         self, program: Program, params: Params, model_state: Params, classes: Sequence[str], settings: ImageSettings
     ) -> None:
-        self._program = program
-        self._params = _lasting(params, program.dtype)
-        self._model_state = _lasting(model_state, np.float64)
-        self._settings = settings
-        self._requests: Gathering[Images, Array] = Gathering(self._answers, MICRO_BATCH)
+        self._predictor = Predictor(program, settings)
         self.classes = tuple(classes)
+        self._set_weights(params, model_state)
 
     @classmethod
     def from_state(
@@ -101,10 +91,20 @@ class Classifier:
         settings = settings or ImageSettings((height, width), channels)
         return cls(state.program, state.params, state.model_state, classes, settings)
 
+    def with_weights(self, params: Params, model_state: Params) -> Classifier:
+        """Return a classifier with other weights of the same model; the two share the buffers that they compute in."""
+        other = copy(self)
+        other._set_weights(params, model_state)
+        return other
+
+    def _set_weights(self, params: Params, model_state: Params) -> None:
+        self._params = _lasting(params, self.program.dtype)
+        self._model_state = _lasting(model_state, np.float64)
+
     @property
     def program(self) -> Program:
         """Architecture, input normalisation and dtype."""
-        return self._program
+        return self._predictor.program
 
     @property
     def params(self) -> Params:
@@ -119,7 +119,7 @@ class Classifier:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of what the model sees."""
-        return (*self._settings.size, self._settings.channels)
+        return (*self._predictor.settings.size, self._predictor.settings.channels)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all. Blocks while it writes; raises ``OSError``."""
@@ -129,9 +129,9 @@ class Classifier:
         """Return what ``save`` writes. Takes as long as copying the weights."""
         about = {
             "format": FORMAT,
-            "program": self._program.to_json(),
+            "program": self.program.to_json(),
             "classes": self.classes,
-            "images": asdict(self._settings),
+            "images": asdict(self._predictor.settings),
         }
         return save_tensors({**self._params, **self._model_state}, metadata={"asynctrain": json.dumps(about)})
 
@@ -212,7 +212,7 @@ class Classifier:
             )
         if tuple(data.classes) != self.classes:
             raise ValueError(f"the model knows the classes {self.classes}, the data has {tuple(data.classes)}")
-        async with executor.open(self._program) as session:
+        async with executor.open(self.program) as session:
             await session.broadcast(self._params, self._model_state, 0)
             return await evaluate(session, 0, data, microbatch, metrics)
 
@@ -226,41 +226,16 @@ class Classifier:
     async def _probabilities(self, images: Images, executor: Executor | None) -> Array:
         """Return (n, classes) float64, each row adding up to 1."""
         if executor is None:
-            logits = await self._requests.ask(images, len(images))
+            logits = await self._predictor.logits(images, self._params, self._model_state)
         else:
-            logits = await self._computed(await in_thread(self._decode, images), executor)
+            logits = await self._computed(await in_thread(self._predictor.decoded, images), executor)
         return softmax(logits[:, : len(self.classes)].astype(np.float64))
 
     async def _computed(self, images: Array, executor: Executor) -> Array:
         """Return the logits (n, outputs), computed elsewhere."""
-        async with executor.open(self._program) as session:
+        async with executor.open(self.program) as session:
             await session.broadcast(self._params, self._model_state, 0)
-            return np.concatenate([result.outputs for result in await forward(session, 0, _one_by_one(images))])
-
-    def _answers(self, requests: Sequence[Images], stop: StopFlag) -> list[Array | Failure]:
-        """Return the logits (n, outputs) of each request; in a thread of its own."""
-        step_back()
-        with one_blas_thread(find_blas()):
-            return [self._answer(images, stop) for images in requests]
-
-    def _answer(self, images: Images, stop: StopFlag) -> Array | Failure:
-        try:
-            batch = self._decode(images)
-        except Exception as error:
-            return Failure(error)
-        compute = partial(self._worker.forward, self._params, self._model_state, stop=stop)
-        return np.concatenate([compute(work).outputs for work in _one_by_one(batch)])
-
-    @cached_property
-    def _worker(self) -> GradientWorker:  # not made before it is needed: a snapshot of a run costs next to nothing
-        return GradientWorker(self._program)
-
-    def _decode(self, images: Images) -> Array:
-        batch = np.empty((len(images), *self.image_shape), np.uint8)
-        for image, out in zip(images, batch, strict=True):
-            encoded, name = _encoded(image)
-            decode(encoded, self._settings, name, out)
-        return batch
+            return np.concatenate([result.outputs for result in await forward(session, 0, one_by_one(images))])
 
     def _prediction(self, probabilities: Array, top_k: int) -> Prediction:
         best = np.argsort(-probabilities, kind="stable")[:top_k]
@@ -277,17 +252,3 @@ def _lasting(arrays: Params, dtype: npt.DTypeLike) -> Arena:
     if isinstance(arrays, Arena) and arrays.layout.dtype == dtype and not arrays.vector.flags.writeable:
         return arrays
     return Arena.of(arrays, dtype).read_only()
-
-
-def _one_by_one(images: Array) -> list[ForwardWork]:
-    return [ForwardWork(images[i : i + 1]) for i in range(len(images))]
-
-
-def _encoded(image: ImageLike) -> tuple[bytes | Image.Image | Array, str]:
-    """Return what is to be decoded, and its name for messages."""
-    if isinstance(image, str | PathLike):
-        try:
-            return Path(image).read_bytes(), fspath(image)
-        except OSError as error:
-            raise ReadError(image, error.strerror or str(error)) from error
-    return image, f"<{type(image).__name__}>"

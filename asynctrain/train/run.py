@@ -93,6 +93,7 @@ class Run:
         self._saver: Saver | None = None
         self._unheard: list[Event] = []  # told amid a step; the callbacks hear of it after that
         self._noticed: list[Notice] = []  # before the run's first event
+        self._latest: Classifier | None = None  # of the snapshots, which share what they compute in
         self._heartbeat = Heartbeat()
         self._losses = Curve()
         self._outputs = Outputs()
@@ -148,7 +149,12 @@ class Run:
 
     def snapshot(self) -> Classifier:
         """Return a classifier with the weights after the last step: never half-updated, not copied, good for ever."""
-        return self._classifier(self.state)
+        state = self.state
+        if self._latest is None:
+            self._latest = self._classifier(state)
+        else:
+            self._latest = self._latest.with_weights(state.params, state.model_state)
+        return self._latest
 
     def _classifier(self, state: TrainState) -> Classifier:
         loader = self._job.loader

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import asynctrain as at
 from asynctrain.data import ImageSettings
 from asynctrain.errors import CheckpointError, DecodeError, ReadError
-from asynctrain.inference.classifier import ImageLike
+from asynctrain.inference.predictor import ImageLike
 from asynctrain.types import Program
 
 MODEL = at.nn.models.small_cnn(num_classes=3, image_shape=(10, 14, 3))
@@ -51,6 +51,21 @@ async def test_probabilities_are_the_softmax_of_the_models_outputs_best_first(cl
     assert sum(shares) == pytest.approx(1.0)
     assert (prediction.label, prediction.probability) == prediction.top[0]
     assert len((await classifier.predict(PIXELS, top_k=2)).top) == 2
+
+
+async def test_classifiers_that_share_their_buffers_answer_each_by_its_own_weights_and_at_once(
+    classifier: at.Classifier,
+) -> None:
+    others = [classifier.with_weights(MODEL.init(seed), {}) for seed in range(1, 9)]
+    alone = [
+        await at.Classifier(
+            Program(MODEL.to_json()), MODEL.init(seed), {}, CLASSES, ImageSettings((10, 14), 3)
+        ).predict(PIXELS)
+        for seed in range(9)
+    ]
+    together = await asyncio.gather(*(each.predict(PIXELS) for each in [classifier, *others]))
+    assert together == alone
+    assert len({prediction.probability for prediction in together}) == 9
 
 
 async def test_an_executor_gives_the_same_bits_as_the_calls_own_thread(classifier: at.Classifier) -> None:
