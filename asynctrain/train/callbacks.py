@@ -13,7 +13,7 @@ import csv
 import inspect
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -24,7 +24,17 @@ from asynctrain._files import write_whole
 from asynctrain.data.images import ImageSettings
 from asynctrain.inference.classifier import Classifier
 from asynctrain.nn.model import Model
-from asynctrain.train.events import EpochEnd, Evaluation, Event, RunEnd, RunStart, SampleSkipped, StepEnd, to_json
+from asynctrain.train.events import (
+    Callback,
+    EpochEnd,
+    Evaluation,
+    Event,
+    RunEnd,
+    RunStart,
+    SampleSkipped,
+    StepEnd,
+    to_json,
+)
 from asynctrain.train.history import csv_of, row_of, scalars
 from asynctrain.train.state import TrainState
 
@@ -33,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CSVLog", "JSONLines", "ProgressBar", "SaveBest", "TensorBoard", "optional"]
 
-Callback = Callable[[Event], Awaitable[None] | None]
 AT_MOST = 1.0  # seconds for which events of steps wait to be written
 
 

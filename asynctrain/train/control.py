@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class Requests:
         if not self.pause:
             self.pause = True
             self._paused = asyncio.Event()
+            self.news.set()
         return self._paused
 
     def ask_to_resume(self) -> None:
@@ -102,3 +107,66 @@ class Requests:
     def tell_paused(self) -> None:
         """Tell those who asked for a pause that it has begun, or that there will be none."""
         self._paused.set()
+
+
+class Gap:
+    """The time between two steps in which the next batch has yet to come: from a slow source, it may be hours.
+
+    What is asked then is done then, by a task that serves the run; a request to stop, and the deadline, end the wait.
+
+    Args:
+        requests: what is asked.
+        listen: does it, and returns when a pause is over.
+        deadline: of ``time.monotonic``, if there is one.
+
+    Attributes:
+        was_cut: whether a wait has been ended before its batch came.
+    """
+
+    def __init__(self, requests: Requests, listen: Callable[[], Awaitable[None]], deadline: float | None) -> None:
+        self._requests = requests
+        self._listen = listen
+        self._deadline = deadline
+        self._listening = asyncio.Lock()
+        self.was_cut = False
+        self._wait: asyncio.Timeout | None = None  # that is under way
+        self._error: Exception | None = None  # of listening
+
+    async def next(self, batches: AsyncIterator[T]) -> T | None:
+        """Return the next batch; None where there is none, or the wait has been ended. Raises what listening raises."""
+        try:
+            async with asyncio.timeout_at(self._latest()) as self._wait:
+                batch = await anext(batches, None)
+        except TimeoutError:
+            if self._wait is None or not self._wait.expired():
+                raise
+            self.was_cut, batch = True, None
+        finally:
+            self._wait = None
+        async with self._listening:  # a pause goes on though the batch is there
+            if self._error is not None:
+                raise self._error
+        if self._requests.stop:
+            self.was_cut, batch = True, None
+        return batch
+
+    async def attend(self) -> NoReturn:
+        """Do what is asked while a batch is waited for; at other times the run itself listens."""
+        while True:
+            await self._requests.news.wait()
+            self._requests.news.clear()
+            if (wait := self._wait) is None:
+                continue
+            async with self._listening:
+                try:
+                    await self._listen()
+                except Exception as error:
+                    self._error = error
+            if (self._requests.stop or self._error is not None) and self._wait is wait and not wait.expired():
+                wait.reschedule(asyncio.get_running_loop().time())
+
+    def _latest(self) -> float | None:
+        """Return when the wait ends, by the loop's clock: a little late, as two clocks may differ."""
+        if self._deadline is None:
+            return None
+        return asyncio.get_running_loop().time() + max(0.0, self._deadline - monotonic()) + 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -184,6 +184,8 @@ Event = (
     | RunEnd
     | Missed
 )
+
+Callback = Callable[[Event], Awaitable[None] | None]
 
 _BY_NAME: Mapping[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 

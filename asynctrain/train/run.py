@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -21,9 +21,10 @@ from asynctrain.inference.classifier import Classifier
 from asynctrain.nn.model import Model
 from asynctrain.optim.transforms import Optimizer
 from asynctrain.train.checkpoint import Checkpoint
-from asynctrain.train.control import Limits, Requests, lasting_repr
+from asynctrain.train.control import Gap, Limits, Requests, lasting_repr
 from asynctrain.train.controllers import Controller, Decision
 from asynctrain.train.events import (
+    Callback,
     EpochEnd,
     Evaluation,
     Event,
@@ -45,8 +46,6 @@ from asynctrain.train.saving import Saver, Saving
 from asynctrain.train.state import Kept, TrainState
 from asynctrain.train.step import TrainStep
 from asynctrain.types import Batch, BatchIterator, BatchStream, Notice, Sums
-
-Callback = Callable[[Event], Awaitable[None] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +87,7 @@ class Run:
         self._state = state
         self._step: TrainStep | None = None
         self._batches: BatchIterator | None = None
+        self._listener: asyncio.Task[None] | None = None  # calls callbacks too
         self._log = EventLog(job.folder.events if job.folder else None, earlier)
         self._requests = Requests()
         self._saver: Saver | None = None
@@ -222,7 +222,7 @@ class Run:
         return self.history()
 
     def _require_elsewhere(self) -> None:
-        if asyncio.current_task() is self.task:
+        if asyncio.current_task() in (self.task, self._listener):
             raise RuntimeError(
                 "a callback cannot wait for the run, which waits for the callback; a controller can decide to stop, "
                 "and a task of the program's own can ask for anything"
@@ -302,9 +302,14 @@ class Run:
                 for difference in self._differences:
                     logging.getLogger("asynctrain").warning("this run goes on, though not as it was: %s", difference)
             await self._settle(session)
-            while not self._is_over(deadline) and (batch := await anext(batches, None)) is not None:
-                await self._apply(session, step, batch, batches)
-                await self._listen()
+            async with ServingGroup() as serving:
+                gap = Gap(self._requests, self._listen_amid_step, deadline)
+                self._listener = serving.create_task(gap.attend(), name="listen")
+                while not self._is_over(deadline) and (batch := await gap.next(batches)) is not None:
+                    await self._apply(session, step, batch, batches)
+                    await self._listen()
+            if gap.was_cut:
+                self._is_over(deadline)
             if self._requests.stop or self._state.stopped_by:
                 return "stopped"
             if self._limit:

@@ -26,9 +26,9 @@ from asynctrain.randomness import require_seed
 from asynctrain.train.checkpoint import Checkpoint
 from asynctrain.train.control import Limits, lasting_repr
 from asynctrain.train.controllers import Controller
-from asynctrain.train.events import Event
+from asynctrain.train.events import Callback, Event
 from asynctrain.train.history import History
-from asynctrain.train.run import Callback, Job, Run
+from asynctrain.train.run import Job, Run
 from asynctrain.train.run_folder import RunFolder, open_run
 from asynctrain.train.saving import Saving
 from asynctrain.train.state import TrainState

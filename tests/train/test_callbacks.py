@@ -18,8 +18,7 @@ from tensorboardX.proto import event_pb2
 
 import asynctrain as at
 from asynctrain import callbacks
-from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, StepEnd
-from asynctrain.train.run import Callback
+from asynctrain.train.events import Callback, EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, StepEnd
 
 
 def start(step: int, number: int = 0) -> RunStart:

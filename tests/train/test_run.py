@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -460,6 +460,102 @@ async def test_progress_tells_epoch_step_speed_and_what_is_left(trainer: at.Trai
     assert {"accuracy", "validation.loss", "validation.accuracy"} <= now.metrics.keys()
     assert (end.epoch, end.step, end.eta) == (4, 20, 0.0)
     assert end.loop_lag >= 0
+
+
+# A source that lets the run wait
+
+
+class Feed:
+    """A source that gives what it is fed, with the labels 0 and 1 in turns, and otherwise lets others wait."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[int] = asyncio.Queue()
+        stream = at.data.from_async_iterable(self._items(), classes=("dark", "bright", "glaring"))
+        self.loader = at.StreamLoader(stream, batch_size=8, image_size=(12, 12), channels=1)
+
+    def give(self, batches: int) -> None:
+        for number in range(8 * batches):
+            self._queue.put_nowait(number % 2)
+
+    async def _items(self) -> AsyncIterator[tuple[Any, int]]:
+        while True:
+            label = await self._queue.get()
+            yield np.full((12, 12), 200 * label, np.uint8), label
+
+
+async def test_a_run_that_waits_for_its_next_batch_pauses_saves_and_stops_at_once(
+    trainer: at.Trainer, tmp_path: Path
+) -> None:
+    feed = Feed()
+    feed.give(2)
+    async with asyncio.timeout(20), trainer.start(feed.loader, epochs=1, run_dir=tmp_path / "run") as run:
+        await reach(run, 2)
+        assert await run.pause() == 2
+        assert (await run.checkpoint()).exists()
+        feed.give(1)
+        await asyncio.sleep(0.1)
+        assert run.progress.step == 2, "it is paused"
+        run.resume()
+        await reach(run, 3)
+        history = await run.stop()
+        events = [event async for event in run]
+    assert history.reason == "stopped"
+    assert history.state.step == 3
+    assert [event.step for event in events if isinstance(event, Paused | Resumed)] == [2, 2]
+    assert checkpoint.load(checkpoint.find(tmp_path / "run")[0]).state.step == 3
+
+
+async def test_a_run_that_waits_for_its_first_batch_can_be_stopped(trainer: at.Trainer) -> None:
+    async with asyncio.timeout(20), trainer.start(Feed().loader, epochs=1) as run:
+        history = await run.stop()
+    assert history.reason == "stopped"
+    assert history.state.step == 0
+
+
+async def test_the_seconds_of_a_run_are_over_although_it_waits_for_a_batch(trainer: at.Trainer) -> None:
+    feed = Feed()
+    feed.give(1)
+    async with asyncio.timeout(20):
+        history = await trainer.fit(feed.loader, epochs=1, seconds=0.5)
+    assert (history.reason, history.state.step) == ("finished", 1)
+
+
+async def pause_amid_a_wait(trainer: at.Trainer, callback: Callable[[Event], None]) -> None:
+    feed = Feed()
+    feed.give(1)
+    async with asyncio.timeout(20), trainer.start(feed.loader, epochs=1, callbacks=[callback]) as run:
+        await reach(run, 1)
+        await run.pause()
+        await run.result()
+
+
+async def test_an_error_of_a_callback_that_is_called_during_the_wait_is_the_runs(trainer: at.Trainer) -> None:
+    def refuse(event: Event) -> None:
+        if isinstance(event, Paused):
+            raise ValueError("no pauses, please")
+
+    with pytest.raises(ValueError, match="no pauses"):
+        await pause_amid_a_wait(trainer, refuse)
+
+
+async def test_a_callback_that_is_called_during_the_wait_cannot_wait_for_the_run(
+    trainer: at.Trainer,
+) -> None:
+    feed = Feed()
+    feed.give(1)
+    refused: list[str] = []
+
+    async def wait(event: Event) -> None:
+        if isinstance(event, Paused):
+            with pytest.raises(RuntimeError, match="a callback cannot wait for the run") as caught:
+                await run.pause()
+            refused.append(str(caught.value))
+
+    async with asyncio.timeout(20), trainer.start(feed.loader, epochs=1, callbacks=[wait]) as run:
+        await reach(run, 1)
+        await run.pause()
+        await run.stop()
+    assert len(refused) == 1
 
 
 # Listeners
