@@ -87,13 +87,11 @@ class _Worker:
 
     async def run(self) -> str:
         """Serve its stream until that is over, and return why."""
-        reason = "the executor is closed"
         try:
             async with self._tasks:
-                reason = await self.link.run(self._receive)
+                return await self.link.run(self._receive)
         finally:
-            self._fail(self.link.gone.result() if self.link.gone.done() else reason)
-        return reason
+            self._fail(self.link.gone.result())
 
     def expect(self, work: int, answer: _Answer) -> None:
         """Let the result of ``work`` go to ``answer``."""
@@ -541,14 +539,13 @@ class GrpcExecutor:
         places = await in_thread(Places, program)
         if self._port is not None:
             await asyncio.shield(self._port)
-        await self._first_worker()
+        await self._until(lambda: bool(self._able()))
         async with Crew(self._address, worker_wait=self._worker_wait, patience=self._patience, tell=tell) as crew:
             session = _GrpcSession(program, places, crew, self._new_number, self._threads)
             try:
                 with first_of_several():
                     await self._admit_all(session)
-                if not crew.addresses:
-                    raise WorkerLostError(self._address, "the workers were lost while the session was opened")
+                await self._until(lambda: bool(crew.addresses))  # they may have been lost while it was opened
                 yield session
             finally:
                 self._sessions.discard(session)
@@ -577,16 +574,16 @@ class GrpcExecutor:
 
     # Sessions
 
-    async def _first_worker(self) -> None:
-        """Wait until there is a worker."""
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        """Wait for workers until that holds; at most ``join_wait`` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._join_wait):
-                while not self._able() and self._refused is None:
+                while not holds() and (self._refused is None or self._able()):
                     self._require_open()
                     self._changed.clear()
                     await self._changed.wait()
         self._require_open()
-        if self._able():
+        if holds():
             return
         if self._refused is not None:
             raise self._refused
@@ -682,6 +679,7 @@ class GrpcExecutor:
         beat = pb.FromCoordinator(heartbeat=pb.Heartbeat())
         worker = _Worker(address, hello.instance, Link(stream, self._heartbeat, beat), self._threads)
         self._present[worker] = None
+        self._refused = None
         self._changed.set()
         try:
             async with ServingGroup() as group:
@@ -694,6 +692,7 @@ class GrpcExecutor:
     async def _join(self, worker: _Worker, session: _GrpcSession) -> None:
         try:
             await _admit(worker, session)
+            self._changed.set()
         except Exception as error:  # whatever opening raises there: it did not on those before
             _logger.warning("%s does not take part: %s", worker.address, error)
             worker.link.lose(f"it could not open the session: {error}")

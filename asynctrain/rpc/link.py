@@ -21,6 +21,8 @@ from asynctrain.rpc import worker_pb2 as pb
 
 T = TypeVar("T")
 
+EOF: Any = aio.EOF  # type: ignore[attr-defined] # what is read at the end of a stream
+
 PROTOCOL = 1
 SCHEMA = hashlib.sha256(pb.DESCRIPTOR.serialized_pb).hexdigest()
 
@@ -35,7 +37,7 @@ class Stream(Protocol):
     """What gRPC's two ends of a stream have in common: a call of its client, a context of its server."""
 
     def read(self) -> Awaitable[Any]:
-        """Return the next message, or ``aio.EOF``."""
+        """Return the next message, or ``EOF``."""
         ...
 
     def write(self, message: Any) -> Awaitable[None]:
@@ -109,7 +111,7 @@ class Link:
             await self.send(parcels)
             return
         loop = asyncio.get_running_loop()
-        while (parcel := await loop.run_in_executor(threads, next, parcels, None)) is not None:
+        while (parcel := await loop.run_in_executor(threads, lambda: next(parcels, None))) is not None:
             await self.send([parcel])
 
     def lose(self, reason: str) -> None:
@@ -166,7 +168,7 @@ class Link:
 
     async def _read(self, receive: Callable[[Any], Awaitable[None]]) -> None:
         try:
-            while (message := await self._stream.read()) is not aio.EOF:
+            while (message := await self._stream.read()) is not EOF:
                 self._silent = 0
                 if message.WhichOneof("kind") != "heartbeat":
                     await receive(message)
@@ -214,7 +216,7 @@ async def shaken(step: Awaitable[T], what: str) -> T:
 async def first_message(stream: Stream, kind: str) -> Any:
     """Return what the other side says first, which must be of ``kind``; raises ``LinkError`` and gRPC's errors."""
     message = await shaken(stream.read(), kind)
-    if message is aio.EOF or message.WhichOneof("kind") != kind:
+    if message is EOF or message.WhichOneof("kind") != kind:
         raise LinkError(f"it must say {kind} first")
     said = getattr(message, kind)
     if said.protocol != PROTOCOL:

@@ -30,6 +30,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # or a second server would quietly share the port
+    ("grpc.enable_http_proxy", 0),  # the environment's is for the web
     ("grpc.use_local_subchannel_pool", 1),  # each connection is its own, and is closed with its channel
 )
 
@@ -39,7 +40,8 @@ Handle = Callable[[Any], Awaitable[None]]
 
 def is_permanent(error: Exception) -> bool:
     """Return whether dialling again will not mend it."""
-    return isinstance(error, ReleaseError) or (isinstance(error, aio.AioRpcError) and error.code() in PERMANENT)
+    files = OSError  # those of TLS: what goes wrong between machines is told as an AioRpcError
+    return isinstance(error, ReleaseError | files) or (isinstance(error, aio.AioRpcError) and error.code() in PERMANENT)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -135,7 +137,7 @@ async def dialled(address: str, method: str, read: Any, access: Access) -> Async
     async with channel:
         open_stream = channel.stream_stream(f"/{SERVICE}/{method}", _serialized, read.FromString)
         metadata = () if access.token is None else (("authorization", f"Bearer {access.token}"),)
-        call = open_stream(metadata=metadata)
+        call: Any = open_stream(metadata=metadata)
         try:
             yield call
         except asyncio.InvalidStateError:

@@ -37,8 +37,8 @@ class WorkerProcess:
 @contextmanager
 def worker_process(*arguments: str, **environment: str) -> Iterator[WorkerProcess]:
     """Have a worker process, by default one that listens; killed at the end, if it is still there."""
-    how = arguments if any(option in arguments for option in ("--connect", "--listen")) else ("--listen", "127.0.0.1:0")
-    command = [*COMMAND, *dict.fromkeys([*how, *arguments]), "--json"]
+    listening = [] if "--connect" in arguments else ["--listen", "127.0.0.1:0"]
+    command = [*COMMAND, *listening, *arguments, "--json"]
     with subprocess.Popen(
         command,
         cwd=ROOT,

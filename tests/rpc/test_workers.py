@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,16 +227,17 @@ def bytes_of(message: pb.FromCoordinator | bytes) -> bytes:
 async def said_after(address: str, *messages: pb.FromCoordinator | bytes) -> StatusCode:
     """Say these things to a listening worker, and return how it ends the stream."""
     async with aio.insecure_channel(address) as channel:
-        call = channel.stream_stream(f"/{SERVICE}/Serve", bytes_of, pb.FromWorker.FromString)()
+        call: Any = channel.stream_stream(f"/{SERVICE}/Serve", bytes_of, pb.FromWorker.FromString)()
         try:
             for message in messages:
                 await call.write(message)
             async with asyncio.timeout(10):
-                while await call.read() is not aio.EOF:
+                while await call.read() is not links.EOF:
                     pass
         except (aio.AioRpcError, asyncio.InvalidStateError):
             pass
-        return await call.code()  # type: ignore[no-any-return]
+        code: StatusCode = await call.code()
+        return code
 
 
 WELCOME = pb.FromCoordinator(welcome=pb.Welcome(protocol=PROTOCOL, schema=SCHEMA, heartbeat_ms=60_000))
@@ -255,6 +258,25 @@ async def test_who_does_not_keep_to_the_protocol_loses_the_stream_and_the_worker
     worker: tuple[Worker, str], messages: list[pb.FromCoordinator], code: StatusCode
 ) -> None:
     assert await said_after(worker[1], *messages) == code
+    async with GrpcExecutor(worker[1]) as executor, executor.open(PROGRAM) as session:
+        await session.broadcast(PARAMS, {}, 0)
+        assert await bits(session) == await expected()
+
+
+async def test_a_stream_of_nonsense_ends_the_stream_and_not_the_worker(worker: tuple[Worker, str]) -> None:
+    rng = np.random.default_rng(0)
+    opening = pb.FromCoordinator(open=pb.Open(session=1, program=json.dumps(PROGRAM.to_json()))).SerializeToString()
+    frame = pb.FromCoordinator(frame=pb.Frame(transfer=1, data=b"x" * 99)).SerializeToString()
+    assign = pb.Assign(session=1, work=1, groups=[pb.Group(dtype="|u1", tensors=[pb.Tensor(name="images", shape=[8])])])
+    whole = [opening, frame, pb.FromCoordinator(assign=assign).SerializeToString(), b"", bytes_of(WELCOME)]
+    for _ in range(60):
+        messages: list[pb.FromCoordinator | bytes] = [WELCOME]
+        for message in rng.permutation(np.array(whole, dtype=object)):
+            damaged = bytearray(message)
+            if damaged and rng.random() < 0.7:
+                damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
+            messages.append(bytes(damaged))
+        await said_after(worker[1], *messages)
     async with GrpcExecutor(worker[1]) as executor, executor.open(PROGRAM) as session:
         await session.broadcast(PARAMS, {}, 0)
         assert await bits(session) == await expected()
