@@ -30,6 +30,11 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # or a second server would quietly share the port
+    ("grpc.keepalive_time_ms", 20_000),  # what a side that is gone without a word has left behind is cleared away
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_http_proxy", 0),  # the environment's is for the web
     ("grpc.use_local_subchannel_pool", 1),  # each connection is its own, and is closed with its channel
 )
