@@ -112,7 +112,7 @@ class _Worker:
 
     async def _receive(self, message: pb.FromWorker) -> None:
         kind = message.WhichOneof("kind")
-        if kind not in _DEEDS:
+        if kind is None or kind not in _DEEDS:
             raise LinkError(f"it has sent {kind}, which cannot come now")
         await _DEEDS[kind](self, getattr(message, kind))
 
@@ -184,7 +184,7 @@ class _Worker:
         return f"<worker {self.address}, {len(self.members)} sessions, {len(self._work)} pieces of work>"
 
 
-_DEEDS: dict[str | None, Callable[[_Worker, Any], Awaitable[None]]] = {
+_DEEDS: dict[str, Callable[[_Worker, Any], Awaitable[None]]] = {
     "opened": _Worker._opened,
     "taken": _Worker._taken,
     "result": _Worker._announced,

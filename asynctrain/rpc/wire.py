@@ -140,9 +140,9 @@ async def dialled(address: str, method: str, read: Any, access: Access) -> Async
     else:
         channel = aio.secure_channel(address, credentials, options=_OPTIONS)
     async with channel:
-        open_stream = channel.stream_stream(f"/{SERVICE}/{method}", _serialized, read.FromString)
+        open_stream: Any = channel.stream_stream(f"/{SERVICE}/{method}", _serialized, read.FromString)
         metadata = () if access.token is None else (("authorization", f"Bearer {access.token}"),)
-        call: Any = open_stream(metadata=metadata)
+        call = open_stream(metadata=metadata)
         try:
             yield call
         except asyncio.InvalidStateError:

@@ -261,7 +261,7 @@ class _Served:
 
     async def _receive(self, message: pb.FromCoordinator) -> None:
         kind = message.WhichOneof("kind")
-        if kind not in _DEEDS:
+        if kind is None or kind not in _DEEDS:
             raise LinkError(f"it has sent {kind}, which cannot come now")
         await _DEEDS[kind](self, getattr(message, kind))
 
@@ -446,7 +446,7 @@ class _Served:
         await self.link.send_parcels(encoded, nbytes(arena.layout for arena in arenas), self._threads)
 
 
-_DEEDS: dict[str | None, Callable[[_Served, Any], Awaitable[None]]] = {
+_DEEDS: dict[str, Callable[[_Served, Any], Awaitable[None]]] = {
     "open": _Served._open,
     "parameters": _Served._announced_parameters,
     "assign": _Served._announced_work,

@@ -50,6 +50,14 @@ def test_what_cannot_work_is_told_in_one_sentence(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_a_port_that_is_taken_is_told(start: Start, image_folder: Path) -> None:
+    taken = start("--executor", "threads:1").address
+    for command in ([*COMMAND, "--listen", taken], [*TRAIN, str(image_folder), "--executor", f"grpc://listen:{taken}"]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 1, done.stderr
+        assert "cannot be bound" in done.stderr
+
+
 @pytest.mark.parametrize(
     "text",
     [
