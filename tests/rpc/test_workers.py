@@ -6,16 +6,18 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
-from grpc import StatusCode, aio
+from grpc import StatusCode
 
 import asynctrain as at
 from asynctrain import nn
+from asynctrain._aio import in_thread
 from asynctrain.errors import ClosedError, ExecutorError, FingerprintError, WorkerLostError
 from asynctrain.executors.ledger import Patience
 from asynctrain.rpc import TLS, Access, GrpcExecutor, Tokens, Worker, WorkerLimits, dial, dialling, listen
@@ -226,19 +228,18 @@ def bytes_of(message: pb.FromCoordinator | bytes) -> bytes:
 
 async def said_after(address: str, *messages: pb.FromCoordinator | bytes) -> StatusCode:
     """Say these things to a listening worker, and return how it ends the stream."""
-    async with aio.insecure_channel(address) as channel:
-        serve: Any = channel.stream_stream(f"/{SERVICE}/Serve", bytes_of, pb.FromWorker.FromString)
-        call = serve()
-        try:
-            for message in messages:
-                await call.write(message)
-            async with asyncio.timeout(10):
-                while await call.read() is not links.EOF:
+
+    def say() -> StatusCode:
+        with grpc.insecure_channel(address) as channel:
+            serve: Any = channel.stream_stream(f"/{SERVICE}/Serve", bytes_of, pb.FromWorker.FromString)
+            call = serve(iter(messages), timeout=20)
+            with suppress(grpc.RpcError):
+                for _ in call:
                     pass
-        except (aio.AioRpcError, asyncio.InvalidStateError):
-            pass
-        code: StatusCode = await call.code()
-        return code
+            code: StatusCode = call.code()
+            return code
+
+    return await in_thread(say)
 
 
 WELCOME = pb.FromCoordinator(welcome=pb.Welcome(protocol=PROTOCOL, schema=SCHEMA, heartbeat_ms=60_000))
