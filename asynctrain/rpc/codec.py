@@ -3,13 +3,18 @@
 What is sent is one or more arenas, one *transfer*. The announcement names each array, its shape and its dtype; behind
 it come the arenas' bytes, one arena after the other, cut into frames of 2 MiB with a checksum each. On arrival they are
 copied once, into memory that is aligned to 64 bytes, where they are arenas again.
+
+Frames are messages of protobuf as ``worker.proto`` has them, but are written and read here: protobuf's own classes
+would copy the bytes three times on either side.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import prod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -22,23 +27,7 @@ DTYPES = ("<f4", "<f8", "<i8", "|u1")
 TENSORS, RANK = 2**16, 8  # at most
 
 
-def groups_of(arenas: Iterable[Arena]) -> list[pb.Group]:
-    """Return what is announced of ``arenas``; raises ``ValueError`` for a dtype that does not travel."""
-    return [
-        pb.Group(dtype=_wire_name(arena.layout.dtype), tensors=[_tensor(*item) for item in arena.layout.shapes.items()])
-        for arena in arenas
-    ]
-
-
-def _tensor(name: str, shape: Sequence[int]) -> pb.Tensor:
-    return pb.Tensor(name=name, shape=shape)
-
-
-def _wire_name(dtype: np.dtype[np.generic]) -> str:
-    name = dtype.newbyteorder("<").str
-    if name not in DTYPES:
-        raise ValueError(f"arrays that travel must be of the dtypes {', '.join(DTYPES)}, got {dtype}")
-    return name
+# What is said of arrays
 
 
 def layouts_of(groups: Sequence[pb.Group]) -> list[Layout]:
@@ -69,32 +58,73 @@ def nbytes(layouts: Iterable[Layout]) -> int:
     return sum(layout.size * layout.dtype.itemsize for layout in layouts)
 
 
-def are_alike(one: Layout, other: Layout) -> bool:
-    """Return whether arrays lie in two layouts alike; equal mappings may be of different orders."""
-    return one == other and one.offsets == other.offsets
+def are_alike(some: Sequence[Layout], others: Sequence[Layout]) -> bool:
+    """Return whether arrays lie in all these layouts alike; equal mappings may be of different orders."""
+    return len(some) == len(others) and all(
+        one == other and one.offsets == other.offsets for one, other in zip(some, others, strict=True)
+    )
 
 
-def vector_of(name: str, array: Array) -> Arena:
-    """Return an arena of one array, a copy."""
-    return Arena.of({name: array}, array.dtype)
+# What is sent
 
 
-def frames(transfer: int, arenas: Sequence[Arena]) -> Iterator[pb.Frame]:
-    """Yield the frames of ``arenas``; copies as it goes, so their values must stay until the end."""
-    parts = [_bytes_of(arena) for arena in arenas]
-    for number, data in enumerate(_cut(parts)):
-        yield pb.Frame(transfer=transfer, number=number, data=data, checksum=crc32(data))
+@dataclass(frozen=True, slots=True)
+class Cargo:
+    """Arrays to be sent: their layouts, and views of their bytes, which must stay until the last frame is made."""
+
+    layouts: tuple[Layout, ...]
+    parts: tuple[memoryview, ...]
+
+    @classmethod
+    def of(cls, *arenas: Arena) -> Cargo:
+        """Return what arenas are as cargo."""
+        return cls(tuple(arena.layout for arena in arenas), tuple(_bytes_of(arena.vector) for arena in arenas))
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> Cargo:
+        """Return what arrays are as cargo, each as an arena of its own."""
+        layouts = tuple(Layout({name: array.shape}, array.dtype) for name, array in arrays.items())
+        parts: list[memoryview] = []
+        for layout, array in zip(layouts, arrays.values(), strict=True):
+            parts += [_bytes_of(array), memoryview(bytes(nbytes([layout]) - array.nbytes))]
+        return cls(layouts, tuple(parts))
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its frames carry."""
+        return nbytes(self.layouts)
+
+    def groups(self) -> list[pb.Group]:
+        """Return what is announced of it; raises ``ValueError`` for a dtype that does not travel."""
+        return [
+            pb.Group(
+                dtype=_wire_name(layout.dtype),
+                tensors=[pb.Tensor(name=name, shape=shape) for name, shape in layout.shapes.items()],
+            )
+            for layout in self.layouts
+        ]
+
+    def frames(self, transfer: int) -> Iterator[bytes]:
+        """Yield its frames, each a message of either side; the bytes are read and copied as it goes."""
+        for number, pieces in enumerate(_cut(self.parts)):
+            yield _frame_of(transfer, number, pieces)
 
 
-def _bytes_of(arena: Arena) -> memoryview:
-    vector = arena.vector
+def _wire_name(dtype: np.dtype[Any]) -> str:
+    name = dtype.newbyteorder("<").str
+    if name not in DTYPES:
+        raise ValueError(f"arrays that travel must be of the dtypes {', '.join(DTYPES)}, got {dtype}")
+    return name
+
+
+def _bytes_of(array: Array) -> memoryview:
     if sys.byteorder != "little":
-        vector = vector.astype(vector.dtype.newbyteorder("<"))
-    return vector.view(np.uint8).data
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _cut(parts: Sequence[memoryview]) -> Iterator[bytes]:
-    """Yield the bytes of all parts, ``FRAME`` at a time."""
+def _cut(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Yield the bytes of all parts, ``FRAME`` at a time, in pieces."""
     pending: list[memoryview] = []
     room = FRAME
     for part in parts:
@@ -105,10 +135,71 @@ def _cut(parts: Sequence[memoryview]) -> Iterator[bytes]:
             start += len(piece)
             room -= len(piece)
             if not room:
-                yield b"".join(pending)
+                yield pending
                 pending, room = [], FRAME
     if pending:
-        yield b"".join(pending)
+        yield pending
+
+
+# Frames as messages
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame that has come; its data are a view of the message's bytes."""
+
+    transfer: int
+    number: int
+    data: memoryview
+    checksum: int
+
+
+def _tag(field: Any) -> bytes:
+    return bytes([field.number << 3 | 2])  # followed by a length, and so many bytes
+
+
+_FRAME = _tag(pb.FromWorker.DESCRIPTOR.fields_by_name["frame"])  # and of FromCoordinator
+_DATA = _tag(pb.Frame.DESCRIPTOR.fields_by_name["data"])
+_VARINT = rb"[\x80-\xff]{0,9}[\x00-\x7f]"
+_HEAD = re.compile(  # a frame's length, its numbers, and the length of its data, which are all the rest
+    rb"%b(%b)((?:\x08%b)?(?:\x10%b)?(?:\x25.{4})?)%b(%b)" % (_FRAME, _VARINT, _VARINT, _VARINT, _DATA, _VARINT),
+    re.DOTALL,
+)
+
+
+def _varint(value: int) -> bytes:
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    digits.append(value)
+    return bytes(digits)
+
+
+def _frame_of(transfer: int, number: int, pieces: Sequence[memoryview]) -> bytes:
+    """Return a frame as a message, its data last, so that they can be found, and copied once."""
+    checksum = size = 0
+    for piece in pieces:
+        checksum = crc32(piece, checksum)
+        size += len(piece)
+    numbers = pb.Frame(transfer=transfer, number=number, checksum=checksum).SerializeToString()
+    head = numbers + _DATA + _varint(size)
+    return b"".join([_FRAME, _varint(len(head) + size), head, *pieces])
+
+
+def frame_in(message: bytes) -> Frame | None:
+    """Return the frame that a message is; None where it is another, or a frame that is written otherwise."""
+    match = _HEAD.match(message)
+    if match is None:
+        return None
+    inside, numbers, data = match.groups()
+    if inside != _varint(len(message) - match.end(1)) or data != _varint(len(message) - match.end()):
+        return None
+    said = pb.Frame.FromString(numbers)
+    return Frame(said.transfer, said.number, memoryview(message)[match.end() :], said.checksum)
+
+
+# What comes
 
 
 def _fresh(size: int) -> Array:
@@ -134,7 +225,7 @@ class Arrival:
         """Whether all bytes are there."""
         return self._filled == len(self.memory)
 
-    def take(self, frame: pb.Frame) -> None:
+    def take(self, frame: Frame) -> None:
         """Copy the bytes of the next frame.
 
         Raises:
@@ -155,7 +246,7 @@ class Arrival:
         """Return what has arrived, views of ``memory``."""
         arenas, start = [], 0
         for layout in self.layouts:
-            size = prod((layout.size, layout.dtype.itemsize))
+            size = nbytes([layout])
             vector = self.memory[start : start + size].view(layout.dtype.newbyteorder("<"))
             arenas.append(Arena(layout, vector.astype(layout.dtype, copy=False)))
             start += size

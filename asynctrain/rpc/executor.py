@@ -3,443 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import count
-from typing import Any, Self, overload
-
-import numpy as np
+from typing import Any, Self
 
 from asynctrain._aio import ServingGroup, first_of_several, in_thread, step_back
-from asynctrain.arena import Arena, Array, Layout, aligned_empty
-from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError, WorkerLostError
+from asynctrain.errors import ClosedError, ExecutorError, WorkerLostError
 from asynctrain.executors.base import Session, Tell, nobody
 from asynctrain.executors.crew import WORKER_WAIT, Crew
 from asynctrain.executors.ledger import Patience
 from asynctrain.executors.local import GRACE
-from asynctrain.executors.remote import rebuilt
-from asynctrain.executors.shared_memory import Places, write
+from asynctrain.executors.shared_memory import Places
 from asynctrain.rpc import worker_pb2 as pb
-from asynctrain.rpc.codec import FRAME, Arrival, are_alike, frames, groups_of, layouts_of, nbytes, vector_of
-from asynctrain.rpc.link import (
-    BROKEN,
-    IN_THREAD,
-    PROTOCOL,
-    SCHEMA,
-    Link,
-    LinkError,
-    first_message,
-    shaken,
-    told,
-)
-from asynctrain.rpc.wire import Access, dialled, is_permanent, listening, parted
-from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program, Sums
+from asynctrain.rpc.link import BROKEN, PROTOCOL, SCHEMA, Link, first_message, shaken, told
+from asynctrain.rpc.member import ConnectedWorker, Member
+from asynctrain.rpc.session import GrpcSession
+from asynctrain.rpc.wire import Access, Pauses, dialled, is_permanent, listening, parted
+from asynctrain.types import Program
 
 HEARTBEAT = 5.0  # seconds of silence after which a worker counts as gone
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to dial
+NAME = 64  # characters that count of what a worker calls itself
 LEAVING = 5.0  # seconds that workers have to close a session
-OUTPUT_BYTES = 2**28  # of one prediction
 
 _logger = logging.getLogger(__name__)
-
-
-class _Parcel(dict[str, Array]):
-    """The parameters of one version as all workers get them, for a crew to hand to its members; as a mapping, empty."""
-
-    def __init__(self, transfer: int, messages: list[bytes]) -> None:
-        super().__init__()
-        self.transfer = transfer
-        self.messages = messages
-
-
-class _Answer(asyncio.Future[GradientResult | ForwardResult]):
-    """What the worker will answer. Cancelling it tells the worker in that very call."""
-
-    def __init__(self, member: _Member, gradients: bool, cancel: Callable[[], None]) -> None:
-        super().__init__()
-        self.member = member
-        self.gradients = gradients  # or predictions
-        self._cancel_there = cancel
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        if not self.done():
-            self._cancel_there()
-        return super().cancel(msg)
-
-
-class _Worker:
-    """A worker that is connected."""
-
-    def __init__(self, address: str, instance: str, link: Link, threads: ThreadPoolExecutor) -> None:
-        self.address = address
-        self.instance = instance
-        self.link = link
-        self.threads = threads
-        self.members: dict[int, _Member] = {}  # by the numbers of their sessions
-        self.is_leaving = False
-        self._work: dict[int, _Answer] = {}
-        self._arrivals: dict[int, tuple[pb.Result, Arrival]] = {}
-        self._tasks = ServingGroup()
-
-    async def run(self) -> str:
-        """Serve its stream until that is over, and return why."""
-        try:
-            async with self._tasks:
-                return await self.link.run(self._receive)
-        finally:
-            self._fail(self.link.gone.result())
-
-    def expect(self, work: int, answer: _Answer) -> None:
-        """Let the result of ``work`` go to ``answer``."""
-        self._work[work] = answer
-
-    def forget(self, work: int) -> None:
-        """Drop what still comes of ``work``."""
-        del self._work[work]
-        self._arrivals.pop(work, None)
-
-    def _fail(self, reason: str) -> None:
-        error = WorkerLostError(self.address, reason)
-        for answer in self._work.values():
-            if not answer.done():
-                answer.set_exception(error)
-        for member in list(self.members.values()):
-            member.fail(error)
-
-    async def _receive(self, message: pb.FromWorker) -> None:
-        kind = message.WhichOneof("kind")
-        if kind is None or kind not in _DEEDS:
-            raise LinkError(f"it has sent {kind}, which cannot come now")
-        await _DEEDS[kind](self, getattr(message, kind))
-
-    async def _opened(self, message: pb.Opened) -> None:
-        if member := self.members.get(message.session):
-            member.opened(message)
-
-    async def _taken(self, message: pb.Taken) -> None:
-        if member := self.members.get(message.session):
-            member.taken(message.transfer)
-
-    async def _resized(self, message: pb.Slots) -> None:
-        if member := self.members.get(message.session):
-            member.resize(message.slots)
-
-    async def _closed(self, message: pb.Closed) -> None:
-        if member := self.members.pop(message.session, None):
-            member.fail(WorkerLostError(self.address, "it has closed the session"))
-
-    async def _draining(self, _: pb.Draining) -> None:
-        if not self.is_leaving:
-            self.is_leaving = True
-            self._tasks.create_task(self._leave(), name=f"leave-{self.address}")
-
-    async def _leave(self) -> None:
-        """Let it finish what it has, and tell it that this is done."""
-        async with asyncio.TaskGroup() as group:
-            for member in self.members.values():
-                group.create_task(member.leave(), name=f"leave-{self.address}")
-        self.link.say(pb.FromCoordinator(drained=pb.Drained()))
-
-    async def _announced(self, result: pb.Result) -> None:
-        answer = self._work.get(result.work)
-        if answer is None:
-            return  # it is no longer wanted; the frames find nobody either
-        arrival = answer.member.arrival(answer.gradients, layouts_of(result.groups))
-        self._arrivals[result.work] = result, arrival
-        if arrival.is_complete:
-            self._arrived(result.work)
-
-    async def _take(self, frame: pb.Frame) -> None:
-        if frame.transfer not in self._arrivals:
-            return
-        _, arrival = self._arrivals[frame.transfer]
-        if len(frame.data) > IN_THREAD:
-            await asyncio.get_running_loop().run_in_executor(self.threads, arrival.take, frame)
-        else:
-            arrival.take(frame)
-        if arrival.is_complete and frame.transfer in self._arrivals:
-            self._arrived(frame.transfer)
-
-    def _arrived(self, work: int) -> None:
-        result, arrival = self._arrivals.pop(work)
-        answer = self._work[work]
-        if not answer.done():
-            answer.set_result(answer.member.result(answer.gradients, result, arrival))
-
-    async def _failed(self, failed: pb.Failed) -> None:
-        error = rebuilt(json.loads(failed.error), self.address)
-        if failed.elsewhere:
-            error = WorkerLostError(self.address, str(error))
-        if failed.WhichOneof("of") == "session":
-            if member := self.members.get(failed.session):
-                member.fail(error)
-        elif (answer := self._work.get(failed.work)) is not None and not answer.done():
-            answer.set_exception(error)
-
-    def __repr__(self) -> str:
-        return f"<worker {self.address}, {len(self.members)} sessions, {len(self._work)} pieces of work>"
-
-
-_DEEDS: dict[str, Callable[[_Worker, Any], Awaitable[None]]] = {
-    "opened": _Worker._opened,
-    "taken": _Worker._taken,
-    "result": _Worker._announced,
-    "failed": _Worker._failed,
-    "frame": _Worker._take,
-    "slots": _Worker._resized,
-    "draining": _Worker._draining,
-    "closed": _Worker._closed,
-}
-
-
-class _Member:
-    """One session on one worker: a member of the session's crew."""
-
-    def __init__(self, session: _GrpcSession, worker: _Worker) -> None:
-        self.slots = 0
-        self.fingerprint: Mapping[str, str] = {}
-        self._session = session
-        self._worker = worker
-        self._version: int | None = None
-        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._closed = asyncio.Event()
-        self._taken: dict[int, asyncio.Future[None]] = {}
-        self._joined = False
-
-    async def open(self) -> None:
-        """Open the session there; raises whatever opening raised there, or ``WorkerLostError``."""
-        worker, session = self._worker, self._session
-        worker.members[session.number] = self
-        worker.link.say(session.opening)
-        try:
-            if worker.link.gone.done():
-                raise WorkerLostError(worker.address, worker.link.gone.result())
-            await self._opened
-            session.crew.join(self, worker.address)
-        except BaseException:
-            worker.members.pop(session.number, None)
-            worker.link.say(session.closing)
-            raise
-        self._joined = True
-
-    async def broadcast(self, params: Params, model_state: Params, version: int) -> None:
-        """Send the parameters, and wait until they are taken."""
-        assert isinstance(params, _Parcel)  # noqa: S101 - the crew hands on what the session gave it
-        taken = self._taken[params.transfer] = asyncio.get_running_loop().create_future()
-        try:
-            await self._send(params.messages)
-            await taken
-        finally:
-            del self._taken[params.transfer]
-        self._version = version
-
-    @overload
-    async def compute(self, work: GradientWork, version: int) -> GradientResult: ...
-    @overload
-    async def compute(self, work: ForwardWork, version: int) -> ForwardResult: ...
-    async def compute(self, work: GradientWork | ForwardWork, version: int) -> GradientResult | ForwardResult:
-        worker = self._worker
-        if version != self._version:
-            raise StaleParametersError(worker.address, self._version, version)
-        number = self._session.new_number()
-        arenas = _arenas_of(work)
-        message = pb.Assign(session=self._session.number, work=number, version=version, groups=groups_of(arenas))
-        if isinstance(work, GradientWork):
-            message.microbatch.CopyFrom(pb.Microbatch(step=work.step, number=work.microbatch, of=work.of))
-        else:
-            message.prediction.SetInParent()
-        cancel = pb.FromCoordinator(cancel=pb.Cancel(work=number))
-        answer = _Answer(self, isinstance(work, GradientWork), partial(worker.link.say, cancel))
-        worker.expect(number, answer)
-        try:
-            await self._send([pb.FromCoordinator(assign=message)])
-            parcels = (pb.FromCoordinator(frame=frame).SerializeToString() for frame in frames(number, arenas))
-            await self._send_parcels(parcels, nbytes(arena.layout for arena in arenas))
-            return await answer
-        except BaseException:
-            if answer.done() and not answer.cancelled() and answer.exception() is None:
-                _drop(answer.result())
-            answer.cancel()
-            raise
-        finally:
-            worker.forget(number)
-
-    def kill(self) -> None:
-        """End the connection; other sessions on it lose the worker too, and it is dialled again."""
-        self._worker.link.lose("it was given up")
-
-    async def leave(self) -> None:
-        """Leave the crew when what it computes is done."""
-        await self._session.crew.leave(self._worker.address)
-
-    async def close(self) -> None:
-        """Have the worker forget the session, and wait for that."""
-        if self._worker.link.gone.done():
-            return
-        self._worker.link.say(self._session.closing)
-        await self._closed.wait()
-
-    # What the worker says
-
-    def opened(self, message: pb.Opened) -> None:
-        """The session is open there."""
-        self.slots = message.slots
-        self.fingerprint = dict(message.fingerprint)
-        if not self._opened.done():
-            self._opened.set_result(None)
-
-    def taken(self, transfer: int) -> None:
-        """It has these parameters."""
-        if (taken := self._taken.get(transfer)) is not None and not taken.done():
-            taken.set_result(None)
-
-    def resize(self, slots: int) -> None:
-        """It does so many pieces of work at once from now on."""
-        self.slots = slots
-        if self._joined:
-            self._session.crew.resize(self._worker.address)
-
-    def fail(self, error: Exception) -> None:
-        """The session could not be opened there, or is no more."""
-        self._closed.set()
-        for future in (self._opened, *self._taken.values()):
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # it may be that nobody awaits it
-        if self._joined:
-            self._session.crew.lose(
-                self._worker.address, error.reason if isinstance(error, ExecutorError) else str(error)
-            )
-
-    def arrival(self, gradients: bool, layouts: Sequence[Layout]) -> Arrival:
-        """Return where a result arrives; raises ``LinkError`` where it is not what the program makes."""
-        if gradients:
-            expected = self._session.places.gradients, self._session.places.statistics
-            if len(layouts) != len(expected) or not all(map(are_alike, layouts, expected)):
-                raise LinkError("it has sent gradients that are not those of the program's model")
-            return Arrival(expected, self._session.memory)
-        if [list(layout.shapes) for layout in layouts] != [["outputs"]] or nbytes(layouts) > OUTPUT_BYTES:
-            raise LinkError("it has sent what are no predictions")
-        return Arrival(layouts)
-
-    def result(self, gradients: bool, message: pb.Result, arrival: Arrival) -> GradientResult | ForwardResult:
-        """Return a result that has arrived."""
-        arenas = arrival.arenas()
-        said = message.sums
-        sums = Sums(said.loss, said.weight, said.samples, dict(said.counts))
-        if gradients:
-            return GradientResult(arenas[0], sums, arenas[1], partial(self._session.give_back, arrival.memory))
-        return ForwardResult(arenas[0]["outputs"], sums)
-
-    async def _send(self, messages: list[Any]) -> None:
-        try:
-            await self._worker.link.send(messages)
-        except LinkError as error:
-            raise WorkerLostError(self._worker.address, str(error)) from error
-
-    async def _send_parcels(self, parcels: Any, size: int) -> None:
-        try:
-            await self._worker.link.send_parcels(parcels, size, self._worker.threads)
-        except LinkError as error:
-            raise WorkerLostError(self._worker.address, str(error)) from error
-
-
-def _arenas_of(work: GradientWork | ForwardWork) -> list[Arena]:
-    if work.images.dtype != np.uint8 or not work.images.flags.c_contiguous:
-        raise ValueError(
-            f"images must be C-contiguous uint8, got {work.images.dtype} with strides {work.images.strides}"
-        )
-    arrays = {"images": work.images, "labels": work.labels, "weights": work.weights}
-    return [vector_of(name, array) for name, array in arrays.items() if array is not None]
-
-
-def _drop(result: GradientResult | ForwardResult) -> None:
-    if isinstance(result, GradientResult):
-        result.release()
-
-
-class _GrpcSession:
-    """One program on the executor's workers."""
-
-    def __init__(
-        self, program: Program, places: Places, crew: Crew, new_number: Callable[[], int], threads: ThreadPoolExecutor
-    ) -> None:
-        self.places = places
-        self.crew = crew
-        self.new_number = new_number  # of sessions, work and transfers
-        self.number = new_number()
-        text = json.dumps(program.to_json())
-        if len(text) > FRAME:
-            raise ValueError(f"a program must be of at most {FRAME} characters to travel, got {len(text)}")
-        self.opening = pb.FromCoordinator(open=pb.Open(session=self.number, program=text))
-        self.closing = pb.FromCoordinator(close=pb.Close(session=self.number))
-        self._threads = threads
-        self._free: list[Array] = []
-        self._closed = False
-
-    @property
-    def slots(self) -> int:
-        return self.crew.slots
-
-    @property
-    def fingerprint(self) -> Mapping[str, str]:
-        return self.crew.fingerprint
-
-    async def broadcast(self, params: Params, model_state: Params, version: int) -> None:
-        if self._closed:
-            raise ClosedError(f"{self} is closed")
-        loop = asyncio.get_running_loop()
-        parcel = await loop.run_in_executor(self._threads, self._packed, params, model_state, version)
-        await self.crew.broadcast(parcel, {}, version)
-
-    @overload
-    async def compute(self, work: GradientWork, version: int) -> GradientResult: ...
-    @overload
-    async def compute(self, work: ForwardWork, version: int) -> ForwardResult: ...
-    async def compute(self, work: GradientWork | ForwardWork, version: int) -> GradientResult | ForwardResult:
-        return await self.crew.compute(work, version)
-
-    def memory(self, size: int) -> Array:
-        """Return where a result may arrive: memory that was given back, or else new."""
-        return self._free.pop() if self._free else aligned_empty((size,), np.uint8)
-
-    def give_back(self, memory: Array) -> None:
-        """Take the memory of a result that nobody reads any more."""
-        if not self._closed:
-            self._free.append(memory)
-
-    def close(self) -> None:
-        """Stop all work and refuse more."""
-        self._closed = True
-        self._free.clear()
-        self.crew.close()
-
-    def _packed(self, params: Params, model_state: Params, version: int) -> _Parcel:
-        """Return the messages of one version, made once for all workers."""
-        arenas = [_arena(params, self.places.params, "params")]
-        if model_state:
-            arenas.append(_arena(model_state, self.places.state, "model_state"))
-        transfer = self.new_number()
-        header = pb.Parameters(session=self.number, version=version, transfer=transfer, groups=groups_of(arenas))
-        messages = [pb.FromCoordinator(parameters=header)]
-        messages += [pb.FromCoordinator(frame=frame) for frame in frames(transfer, arenas)]
-        return _Parcel(transfer, [message.SerializeToString() for message in messages])
-
-    def __repr__(self) -> str:
-        return f"<session {self.number} on {self.crew}>"
-
-
-def _arena(arrays: Params, layout: Layout, argument: str) -> Arena:
-    """Return ``arrays`` as they lie in ``layout``, copied only where they lie otherwise."""
-    if isinstance(arrays, Arena) and are_alike(arrays.layout, layout):
-        return arrays
-    arena = layout.empty()
-    write(arrays, arena, argument)
-    return arena
 
 
 class GrpcExecutor:
@@ -501,8 +91,8 @@ class GrpcExecutor:
         self._address = f"grpc://{','.join([*addresses, *([] if listen is None else [f'listen:{listen}'])])}"
         self._new_number: Callable[[], int] = partial(next, count(1))
         self._threads = ThreadPoolExecutor(1, "asynctrain-frames", initializer=step_back)
-        self._present: dict[_Worker, None] = {}
-        self._sessions: set[_GrpcSession] = set()
+        self._present: dict[ConnectedWorker, None] = {}
+        self._sessions: set[GrpcSession] = set()
         self._changed = asyncio.Event()
         self._closing = asyncio.Event()
         self._service: asyncio.Task[None] | None = None
@@ -541,7 +131,7 @@ class GrpcExecutor:
             await asyncio.shield(self._port)
         await self._until(lambda: bool(self._able()))
         async with Crew(self._address, worker_wait=self._worker_wait, patience=self._patience, tell=tell) as crew:
-            session = _GrpcSession(program, places, crew, self._new_number, self._threads)
+            session = GrpcSession(program, places, crew, self._new_number, self._threads)
             try:
                 with first_of_several():
                     await self._admit_all(session)
@@ -559,7 +149,12 @@ class GrpcExecutor:
         for session in self._sessions:
             session.close()
         if self._service is not None:
-            await asyncio.wait([self._service])
+            _, late = await asyncio.wait([self._service], timeout=grace)
+            if late:
+                self._service.cancel()
+                await asyncio.wait(late)
+            if not self._service.cancelled():
+                self._service.result()
         await in_thread(self._threads.shutdown)
 
     async def __aenter__(self) -> Self:
@@ -589,22 +184,22 @@ class GrpcExecutor:
             raise self._refused
         raise WorkerLostError(self._address, f"there was no worker within {self._join_wait:g} s")
 
-    async def _admit_all(self, session: _GrpcSession) -> None:
+    async def _admit_all(self, session: GrpcSession) -> None:
         """Open the session on all workers that are there; those that come later do so themselves."""
         async with asyncio.TaskGroup() as group:
             self._sessions.add(session)
             for worker in self._able():
                 group.create_task(_admit(worker, session), name=f"open-{worker.address}")
 
-    def _able(self) -> list[_Worker]:
+    def _able(self) -> list[ConnectedWorker]:
         return [worker for worker in self._present if not worker.is_leaving]
 
-    async def _dismiss(self, session: _GrpcSession) -> None:
+    async def _dismiss(self, session: GrpcSession) -> None:
+        """Wait until nothing of the session computes any more."""
         members = [worker.members[session.number] for worker in self._present if session.number in worker.members]
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LEAVING), asyncio.TaskGroup() as group:
-                for member in members:
-                    group.create_task(member.close(), name="close")
+        async with asyncio.TaskGroup() as group:
+            for member in members:
+                group.create_task(member.close(LEAVING), name="close")
         for worker in self._present:
             worker.members.pop(session.number, None)
 
@@ -638,24 +233,23 @@ class GrpcExecutor:
                 self._port.exception()
 
     async def _keep_dialling(self, address: str) -> None:
-        pause = SHORTEST_PAUSE
+        pauses = Pauses()
         while True:
+            began = asyncio.get_running_loop().time()
             try:
-                async with dialled(address, "Serve", pb.FromWorker, self._access) as call:
-                    hello = await first_message(call, "hello")
-                    pause = SHORTEST_PAUSE
+                async with dialled(address, "Serve", self._access) as call:
+                    hello = await first_message(call, pb.FromWorker, "hello")
                     await self._let_work(call, hello, address)
             except BROKEN as error:
                 if is_permanent(error):
                     self._refused = ExecutorError(address, told(error))
                     self._changed.set()
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            await asyncio.sleep(pauses.after(asyncio.get_running_loop().time() - began))
 
     async def _keep_listening(self, address: str) -> None:
         assert self._port is not None  # noqa: S101 - made by whoever starts this
         try:
-            async with listening(address, "Join", self._welcome, pb.FromWorker, self._access) as port:
+            async with listening(address, "Join", self._welcome, self._access) as port:
                 self._port.set_result(port)
                 await self._closing.wait()
         except (OSError, ValueError) as error:
@@ -666,18 +260,19 @@ class GrpcExecutor:
 
     async def _welcome(self, context: Any) -> None:
         """Serve a worker that has dialled in."""
-        hello = await first_message(context, "hello")
+        hello = await first_message(context, pb.FromWorker, "hello")
         for worker in list(self._present):
             if worker.instance == hello.instance:
                 worker.link.lose("it has connected once more")
-        await self._let_work(context, hello, f"{hello.node} at {context.peer().partition(':')[2]}")
+        await self._let_work(context, hello, f"{hello.node[:NAME]} at {context.peer().partition(':')[2]}")
 
     async def _let_work(self, stream: Any, hello: pb.Hello, address: str) -> None:
         """Let a worker take part in all sessions until it is gone."""
         welcome = pb.Welcome(protocol=PROTOCOL, schema=SCHEMA, heartbeat_ms=round(self._heartbeat * 1000))
-        await shaken(stream.write(pb.FromCoordinator(welcome=welcome)), "welcome")
+        await shaken(stream.write(pb.FromCoordinator(welcome=welcome).SerializeToString()), "welcome")
         beat = pb.FromCoordinator(heartbeat=pb.Heartbeat())
-        worker = _Worker(address, hello.instance, Link(stream, self._heartbeat, beat), self._threads)
+        link = Link(stream, pb.FromWorker, beat, self._heartbeat)
+        worker = ConnectedWorker(address, hello.instance, link, self._threads)
         self._present[worker] = None
         self._refused = None
         self._changed.set()
@@ -689,7 +284,7 @@ class GrpcExecutor:
         finally:
             del self._present[worker]
 
-    async def _join(self, worker: _Worker, session: _GrpcSession) -> None:
+    async def _join(self, worker: ConnectedWorker, session: GrpcSession) -> None:
         try:
             await _admit(worker, session)
             self._changed.set()
@@ -698,7 +293,7 @@ class GrpcExecutor:
             worker.link.lose(f"it could not open the session: {error}")
 
 
-async def _admit(worker: _Worker, session: _GrpcSession) -> None:
+async def _admit(worker: ConnectedWorker, session: GrpcSession) -> None:
     """Open the session on ``worker`` too, and let it join; one that is lost meanwhile does not."""
     with suppress(WorkerLostError, ClosedError):
-        await _Member(session, worker).open()
+        await Member(session, worker).open()

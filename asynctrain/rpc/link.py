@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from grpc import aio
 
 from asynctrain._aio import ServingGroup
 from asynctrain.rpc import worker_pb2 as pb
+from asynctrain.rpc.codec import Cargo, Frame, frame_in
 
 T = TypeVar("T")
 
@@ -28,20 +30,23 @@ SCHEMA = hashlib.sha256(pb.DESCRIPTOR.serialized_pb).hexdigest()
 
 HANDSHAKE = 10.0  # seconds for each step of it
 QUEUED = 2**23  # bytes that wait to be sent, before whoever sends more has to wait: some frames, to keep the wire busy
+UNREAD = 2**25  # bytes that wait to be sent: whoever lets more gather, does not read at all
 IN_THREAD = 2**18  # bytes: more are copied and summed up in a thread, and not by the loop
 
 Message = pb.FromWorker | pb.FromCoordinator
+
+_logger = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
     """What gRPC's two ends of a stream have in common: a call of its client, a context of its server."""
 
     def read(self) -> Awaitable[Any]:
-        """Return the next message, or ``EOF``."""
+        """Return the bytes of the next message, or ``EOF``."""
         ...
 
-    def write(self, message: Any) -> Awaitable[None]:
-        """Send a message."""
+    def write(self, message: bytes) -> Awaitable[None]:
+        """Send the bytes of a message."""
         ...
 
 
@@ -53,6 +58,10 @@ class ReleaseError(LinkError):
     """The other side is of another release; to try again will not mend it."""
 
 
+class RefusedError(LinkError):
+    """The other side has sent what cannot be; the message says what."""
+
+
 BROKEN = LinkError, aio.AioRpcError, aio.InternalError, aio.UsageError, asyncio.InvalidStateError, OSError
 """How a stream's end shows itself."""
 
@@ -62,13 +71,15 @@ class Link:
 
     Args:
         stream: after the handshake.
-        heartbeat: seconds of silence after which the other side counts as gone.
+        kind: of the messages that come.
         beat: the message that is sent for one to hear.
+        heartbeat: seconds of silence after which the other side counts as gone.
     """
 
-    def __init__(self, stream: Stream, heartbeat: float, beat: Message) -> None:
+    def __init__(self, stream: Stream, kind: type[Message], beat: Message, heartbeat: float) -> None:
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # and why
         self._stream = stream
+        self._kind = kind
         self._heartbeat = heartbeat
         self._interval = min(heartbeat / 4, 1.0)
         self._silent = 0  # beats in a row
@@ -77,6 +88,7 @@ class Link:
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
         self._more = asyncio.Event()
+        self._refused: RefusedError | None = None
         self._waiting: list[asyncio.Future[None]] = []  # for something to be sent
 
     def say(self, message: Message | bytes) -> None:
@@ -87,32 +99,34 @@ class Link:
         self._unsent.append(data)
         self._unsent_bytes += len(data)
         self._more.set()
+        if self._unsent_bytes > UNREAD:
+            self.lose("it does not read what it is sent")
 
-    async def send(self, messages: Iterable[Message | bytes]) -> None:
-        """Send messages as fast as there is room for them; raises ``LinkError``.
+    async def send(self, message: Message | bytes) -> None:
+        """Send a message when there is room for it; raises ``LinkError``."""
+        await self._until(QUEUED)
+        if self.gone.done():
+            raise LinkError(self.gone.result())
+        self.say(message)
+
+    async def send_frames(self, cargo: Cargo, transfer: int, threads: Executor) -> None:
+        """Send the frames of a transfer as fast as there is room for them; raises ``LinkError``.
 
         Where it is cancelled, those that are left are not sent.
-        """
-        for message in messages:
-            await self._until(QUEUED)
-            if self.gone.done():
-                raise LinkError(self.gone.result())
-            self.say(message)
-
-    async def send_parcels(self, parcels: Iterator[bytes], size: int, threads: Executor) -> None:
-        """Send messages that are made as they are taken; in a thread, where they are so large that the loop feels it.
 
         Args:
-            parcels: the messages.
-            size: their bytes, about.
-            threads: that make them.
+            cargo: what is sent.
+            transfer: its number.
+            threads: that make the frames, where they are so large that the loop would feel it.
         """
-        if size <= IN_THREAD:
-            await self.send(parcels)
+        frames = cargo.frames(transfer)
+        if cargo.nbytes <= IN_THREAD:
+            for frame in frames:
+                await self.send(frame)
             return
         loop = asyncio.get_running_loop()
-        while (parcel := await loop.run_in_executor(threads, lambda: next(parcels, None))) is not None:
-            await self.send([parcel])
+        while (made := await loop.run_in_executor(threads, next, frames, None)) is not None:
+            await self.send(made)
 
     def lose(self, reason: str) -> None:
         """Let it be over, if it is not yet."""
@@ -121,12 +135,15 @@ class Link:
             self._unsent.clear()
             self._wake()
 
-    async def run(self, receive: Callable[[Any], Awaitable[None]]) -> str:
+    async def run(self, receive: Callable[[str, Any], Awaitable[None]]) -> str:
         """Serve the stream until it is over, and return why.
 
         Args:
-            receive: called with each message that is no heartbeat, one after the other. It must be quick. What it
-                raises ends the link.
+            receive: called with what each message says, the name of its kind first, one after the other; heartbeats
+                aside. It must be quick. It raises ``LinkError`` or ``ValueError`` for what cannot be.
+
+        Raises:
+            RefusedError: the other side has sent what cannot be.
         """
         try:
             async with ServingGroup() as group:
@@ -136,6 +153,8 @@ class Link:
                 await asyncio.wait([self.gone])
         finally:
             self.lose("it was closed")
+        if self._refused is not None:
+            raise self._refused
         return self.gone.result()
 
     async def flush(self) -> None:
@@ -166,16 +185,29 @@ class Link:
         finally:
             self.lose("the stream has ended")
 
-    async def _read(self, receive: Callable[[Any], Awaitable[None]]) -> None:
+    async def _read(self, receive: Callable[[str, Any], Awaitable[None]]) -> None:
         try:
             while (message := await self._stream.read()) is not EOF:
                 self._silent = 0
-                if message.WhichOneof("kind") != "heartbeat":
-                    await receive(message)
+                await self._hear(message, receive)
+        except RefusedError as error:
+            self._refused = error
+            self.lose(str(error))
         except Exception as error:
             self.lose(told(error))
         finally:
             self.lose("it has closed the stream")
+
+    async def _hear(self, message: bytes, receive: Callable[[str, Any], Awaitable[None]]) -> None:
+        try:
+            kind, said = parsed(message, self._kind)
+            if kind != "heartbeat":
+                await receive(kind, said)
+        except (LinkError, ValueError) as error:
+            raise RefusedError(str(error)) from error
+        except Exception as error:  # nobody has thought of it
+            _logger.exception("a message could not be handled")
+            raise RefusedError("it has sent what could not be handled") from error
 
     async def _beat(self) -> None:
         """Send heartbeats, and count those without a word from the other side.
@@ -213,12 +245,23 @@ async def shaken(step: Awaitable[T], what: str) -> T:
         raise LinkError("it has cancelled the call") from None  # gRPC tells so too where nobody here did
 
 
-async def first_message(stream: Stream, kind: str) -> Any:
-    """Return what the other side says first, which must be of ``kind``; raises ``LinkError`` and gRPC's errors."""
+async def first_message(stream: Stream, of: type[Message], kind: str) -> Any:
+    """Return what the other side says first, which must be of ``kind``.
+
+    Raises:
+        LinkError: it says something else, or nothing.
+        ReleaseError: it is of another release.
+        AioRpcError: gRPC's, where there is no connection.
+    """
     message = await shaken(stream.read(), kind)
-    if message is EOF or message.WhichOneof("kind") != kind:
+    if message is EOF:
         raise LinkError(f"it must say {kind} first")
-    said = getattr(message, kind)
+    try:
+        found, said = parsed(message, of)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    if found != kind:
+        raise RefusedError(f"it must say {kind} first, got {found}")
     if said.protocol != PROTOCOL:
         raise ReleaseError(
             f"the protocol is version {PROTOCOL} here and {said.protocol} there: use one release for both"
@@ -228,10 +271,25 @@ async def first_message(stream: Stream, kind: str) -> Any:
     return said
 
 
+def parsed(message: bytes, of: type[Message]) -> tuple[str, Any]:
+    """Return the kind of a message, and what it says; raises ``ValueError`` where it is none."""
+    try:
+        if (frame := frame_in(message)) is not None:
+            return "frame", frame
+        whole = of.FromString(message)
+    except DecodeError as error:
+        raise ValueError("it has sent bytes that are no message") from error
+    kind = whole.WhichOneof("kind")
+    if kind is None:
+        raise ValueError("it has sent a message that says nothing")
+    said = getattr(whole, kind)
+    if kind == "frame":
+        said = Frame(said.transfer, said.number, memoryview(said.data), said.checksum)
+    return kind, said
+
+
 def told(error: Exception) -> str:
     """Return in a few words why a link has ended."""
     if isinstance(error, aio.AioRpcError):
         return error.details() or error.code().name
-    if isinstance(error, DecodeError):
-        return "it has sent bytes that are no message"
     return str(error) or type(error).__name__

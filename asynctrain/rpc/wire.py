@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from grpc import aio
 
 from asynctrain._aio import in_thread
 from asynctrain.rpc import worker_pb2 as pb
-from asynctrain.rpc.link import LinkError, Message, ReleaseError, told
+from asynctrain.rpc.link import BROKEN, RefusedError, ReleaseError, told
 from asynctrain.rpc.security import TLS, Tokens, is_loopback, require_safe
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Work"].full_name
 MESSAGE_BYTES = 2**22  # gRPC's own limit, said
 STREAMS = 256  # at once, on one port
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to dial
 PERMANENT = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -84,15 +86,27 @@ def parted(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+class Pauses:
+    """The pauses between attempts to dial: ever longer, and short again after a connection that has lasted."""
+
+    def __init__(self) -> None:
+        self._next = SHORTEST_PAUSE
+
+    def after(self, seconds: float) -> float:
+        """Return how many seconds to wait after a connection that lasted so many; a little random."""
+        pause = SHORTEST_PAUSE if seconds > LONGEST_PAUSE else self._next
+        self._next = min(2 * pause, LONGEST_PAUSE)
+        return pause * random.uniform(0.5, 1.0)  # noqa: S311 - that not all dial at once
+
+
 @asynccontextmanager
-async def listening(address: str, method: str, handle: Handle, read: Any, access: Access) -> AsyncIterator[int]:
+async def listening(address: str, method: str, handle: Handle, access: Access) -> AsyncIterator[int]:
     """Serve ``method`` on ``HOST:PORT`` while the block lasts; yields the port.
 
     Args:
         address: port 0 for any that is free.
         method: ``Join`` or ``Serve``.
-        handle: serves one stream; when it returns or raises ``LinkError``, the stream ends.
-        read: the messages' class.
+        handle: serves one stream, of bytes; when it returns or raises one of ``BROKEN``, the stream ends.
         access: whom to let in.
 
     Raises:
@@ -109,10 +123,12 @@ async def listening(address: str, method: str, handle: Handle, read: Any, access
             await handle(context)
         except ReleaseError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        except LinkError as error:
+        except RefusedError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except BROKEN as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, told(error))
 
-    handler = grpc.stream_stream_rpc_method_handler(guarded, read.FromString, _serialized)
+    handler = grpc.stream_stream_rpc_method_handler(guarded)
     server = aio.server(options=_OPTIONS, maximum_concurrent_rpcs=STREAMS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {method: handler}),))
     try:
@@ -131,8 +147,11 @@ async def listening(address: str, method: str, handle: Handle, read: Any, access
 
 
 @asynccontextmanager
-async def dialled(address: str, method: str, read: Any, access: Access) -> AsyncIterator[Any]:
-    """Call ``method`` at ``HOST:PORT``; yields the call, which ends with the block. gRPC's errors come from its use."""
+async def dialled(address: str, method: str, access: Access) -> AsyncIterator[Any]:
+    """Call ``method`` at ``HOST:PORT``; yields the call, of bytes, which ends with the block.
+
+    gRPC's errors come from its use.
+    """
     access.require_safe(address, dials=True)
     credentials = None if access.tls is None else await in_thread(access.tls.of_client)
     if credentials is None:
@@ -140,7 +159,7 @@ async def dialled(address: str, method: str, read: Any, access: Access) -> Async
     else:
         channel = aio.secure_channel(address, credentials, options=_OPTIONS)
     async with channel:
-        open_stream: Any = channel.stream_stream(f"/{SERVICE}/{method}", _serialized, read.FromString)
+        open_stream: Any = channel.stream_stream(f"/{SERVICE}/{method}")
         metadata = () if access.token is None else (("authorization", f"Bearer {access.token}"),)
         call = open_stream(metadata=metadata)
         try:
@@ -150,10 +169,6 @@ async def dialled(address: str, method: str, read: Any, access: Access) -> Async
             raise
         finally:
             call.cancel()
-
-
-def _serialized(message: Message | bytes) -> bytes:
-    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def _is_known(tokens: Tokens, context: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -37,7 +38,7 @@ class WorkerProcess:
 @contextmanager
 def worker_process(*arguments: str, **environment: str) -> Iterator[WorkerProcess]:
     """Have a worker process, by default one that listens; killed at the end, if it is still there."""
-    listening = [] if "--connect" in arguments else ["--listen", "127.0.0.1:0"]
+    listening = [] if {"--connect", "--listen"} & set(arguments) else ["--listen", "127.0.0.1:0"]
     command = [*COMMAND, *listening, *arguments, "--json"]
     with subprocess.Popen(
         command,
@@ -55,6 +56,12 @@ def worker_process(*arguments: str, **environment: str) -> Iterator[WorkerProces
         finally:
             process.kill()
             process.communicate()
+
+
+def free_address() -> str:
+    """Return an address on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 Start = Callable[..., WorkerProcess]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from zlib import crc32
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,8 @@ from hypothesis import strategies as st
 
 from asynctrain.arena import ALIGNMENT, Arena
 from asynctrain.rpc import worker_pb2 as pb
-from asynctrain.rpc.codec import FRAME, RANK, Arrival, frames, groups_of, layouts_of, nbytes
+from asynctrain.rpc.codec import FRAME, RANK, Arrival, Cargo, Frame, frame_in, layouts_of, nbytes
+from asynctrain.rpc.link import parsed
 
 SHAPES = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
@@ -25,13 +29,23 @@ def arena(shapes: dict[str, tuple[int, ...]], dtype: str, seed: int = 0) -> Aren
     return Arena.of(arrays, dtype)
 
 
-def travelled(arenas: list[Arena]) -> list[Arena]:
+def frames_of(cargo: Cargo) -> list[Frame]:
+    """Return the frames of a cargo as whoever receives their messages finds them."""
+    frames = []
+    for message in cargo.frames(7):
+        assert len(message) < 2**22
+        frame = frame_in(message)
+        assert frame is not None
+        frames.append(frame)
+    return frames
+
+
+def travelled(cargo: Cargo) -> list[Arena]:
     """Return what arrives, by way of the bytes of the messages."""
-    announced = pb.Parameters.FromString(pb.Parameters(groups=groups_of(arenas)).SerializeToString())
+    announced = pb.Parameters.FromString(pb.Parameters(groups=cargo.groups()).SerializeToString())
     arrival = Arrival(layouts_of(announced.groups))
-    for frame in frames(7, arenas):
-        assert len(frame.SerializeToString()) < 2**22
-        arrival.take(pb.Frame.FromString(frame.SerializeToString()))
+    for frame in frames_of(cargo):
+        arrival.take(frame)
     assert arrival.is_complete
     return arrival.arenas()
 
@@ -42,7 +56,7 @@ def test_what_is_sent_arrives_with_the_same_names_shapes_dtypes_and_bits_aligned
     parts: list[tuple[dict[str, tuple[int, ...]], str]],
 ) -> None:
     sent = [arena(shapes, dtype) for shapes, dtype in parts]
-    for before, after in zip(sent, travelled(sent), strict=True):
+    for before, after in zip(sent, travelled(Cargo.of(*sent)), strict=True):
         assert after.layout == before.layout
         assert list(after) == list(before)
         assert after.vector.tobytes() == before.vector.tobytes()
@@ -53,28 +67,55 @@ def test_what_is_sent_arrives_with_the_same_names_shapes_dtypes_and_bits_aligned
 
 def test_large_arrays_are_cut_into_frames_of_two_mebibytes_and_small_ones_share_one() -> None:
     large = arena({"large": (3 * FRAME // 4 + 5,)}, "float32")
-    assert [len(frame.data) for frame in frames(1, [large])] == [FRAME] * 3 + [64]
+    assert [len(frame.data) for frame in frames_of(Cargo.of(large))] == [FRAME] * 3 + [64]
     small = arena({f"small{i}": (3,) for i in range(100)}, "float32")
-    assert [frame.number for frame in frames(1, [small, small])] == [0]
-    (after,) = travelled([large])
+    assert [frame.number for frame in frames_of(Cargo.of(small, small))] == [0]
+    (after,) = travelled(Cargo.of(large))
     assert after.vector.tobytes() == large.vector.tobytes()
 
 
-def changed(frame: pb.Frame, **changes: object) -> pb.Frame:
-    other = pb.Frame.FromString(frame.SerializeToString())
-    for name, value in changes.items():
-        setattr(other, name, value)
-    return other
+def test_arrays_that_are_sent_without_a_copy_arrive_each_as_an_arena_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (5, 3, 3, 1), dtype=np.uint8), np.arange(10)[::2]
+    one, other = travelled(Cargo.of_arrays({"images": images, "labels": labels}))
+    np.testing.assert_array_equal(one["images"], images)
+    np.testing.assert_array_equal(other["labels"], labels)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.binary(min_size=1))
+def test_frames_are_messages_as_protobuf_writes_them_of_either_side(
+    transfer: int, number: int, checksum: int, data: bytes
+) -> None:
+    """Ours are read by protobuf, and those that protobuf writes in another order are left to it."""
+    (message,) = Cargo.of_arrays({"a": np.frombuffer(data, np.uint8)}).frames(transfer)
+    for whole in (pb.FromWorker.FromString(message), pb.FromCoordinator.FromString(message)):
+        assert (whole.frame.transfer, whole.frame.number) == (transfer, 0)
+        assert whole.frame.data[: len(data)] == data
+        assert whole.frame.checksum == crc32(whole.frame.data)
+    said = pb.Frame(transfer=transfer, number=number, data=data, checksum=checksum)
+    message = pb.FromWorker(frame=said).SerializeToString()
+    assert parsed(message, pb.FromWorker) == ("frame", Frame(transfer, number, memoryview(data), checksum))
+
+
+@given(st.data())
+def test_a_message_that_is_damaged_is_read_as_protobuf_reads_it(data: st.DataObject) -> None:
+    (message,) = Cargo.of_arrays({"a": np.arange(70, dtype=np.uint8)}).frames(300)
+    damaged = bytearray(message)
+    damaged[data.draw(st.integers(0, 20))] ^= 1 << data.draw(st.integers(0, 7))
+    found = frame_in(bytes(damaged))
+    if found is not None:
+        frame = pb.FromWorker.FromString(bytes(damaged)).frame
+        assert found == Frame(frame.transfer, frame.number, memoryview(frame.data), frame.checksum)
 
 
 def test_a_damaged_a_missing_a_short_and_a_further_frame_are_errors() -> None:
-    sent = [arena({"a": (FRAME // 4 + 16,)}, "float32")]
-    first, second = frames(1, sent)
-    flipped = bytes([first.data[0] ^ 1]) + first.data[1:]
-    for wrong in (changed(first, data=flipped), second, changed(first, data=first.data[:-1]), changed(first, number=1)):
+    cargo = Cargo.of(arena({"a": (FRAME // 4 + 16,)}, "float32"))
+    first, second = frames_of(cargo)
+    flipped = memoryview(bytes([first.data[0] ^ 1]) + first.data[1:])
+    for wrong in (replace(first, data=flipped), second, replace(first, data=first.data[:-1]), replace(first, number=1)):
         with pytest.raises(ValueError, match="frame"):
-            Arrival(layouts_of(groups_of(sent))).take(wrong)
-    arrival = Arrival(layouts_of(groups_of(sent)))
+            Arrival(layouts_of(cargo.groups())).take(wrong)
+    arrival = Arrival(layouts_of(cargo.groups()))
     arrival.take(first)
     arrival.take(second)
     with pytest.raises(ValueError, match="frame 2 of 0 bytes"):
@@ -105,4 +146,4 @@ def test_the_size_of_what_is_announced_is_known_before_anything_is_allocated() -
 
 def test_arrays_of_other_dtypes_do_not_travel() -> None:
     with pytest.raises(ValueError, match="dtypes"):
-        groups_of([Arena.of({"a": np.zeros(3, np.complex128)})])
+        Cargo.of_arrays({"a": np.zeros(3, np.complex128)}).groups()

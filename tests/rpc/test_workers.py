@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from grpc import StatusCode
+from grpc import StatusCode, aio
 
 import asynctrain as at
 from asynctrain import nn
@@ -26,6 +26,7 @@ from asynctrain.rpc import worker_pb2 as pb
 from asynctrain.rpc.link import PROTOCOL, SCHEMA
 from asynctrain.rpc.wire import SERVICE
 from asynctrain.types import ForwardWork, GradientWork, Notice, Program, WorkerJoined, WorkerLost
+from tests.rpc import fuzzing
 from tests.serve.test_security import of
 
 MODEL = nn.models.lenet(num_classes=10, image_shape=(12, 12, 1))
@@ -171,8 +172,8 @@ async def test_memory_of_parameters_and_results_is_used_again(worker: tuple[Work
             places.add(result.gradients.vector.ctypes.data)
             result.release()
         assert len(places) == 1
-        (served,) = worker[0]._served
-        (opened,) = served._sessions.values()
+        (coordinator,) = worker[0]._coordinators
+        (opened,) = coordinator._sessions.values()
         assert len(opened.boards) <= 2
 
 
@@ -219,6 +220,38 @@ async def test_a_coordinator_too_many_is_turned_away() -> None:
                     pass
 
 
+async def test_announcements_of_more_bytes_than_may_be_under_way_are_refused() -> None:
+    limits = WorkerLimits(pending_bytes=2**20)
+    announced = fuzzing.Cargo.of_arrays({"images": np.zeros((2**17, 2, 2, 1), np.uint8)}).groups()
+    async with serving(limits=limits) as (_, address), aio.insecure_channel(address) as channel:
+        call = fuzzing.Call(channel, "Serve", pb.FromWorker)
+        await call.say(WELCOME)
+        await call.say(pb.FromCoordinator(open=pb.Open(session=1, program=json.dumps(fuzzing.PROGRAM.to_json()))))
+        await call.hear("opened")
+        for work in range(3):
+            assign = pb.Assign(session=1, work=work, prediction=pb.Prediction(), groups=announced)
+            await call.say(pb.FromCoordinator(assign=assign))
+        assert await call.status() == StatusCode.INVALID_ARGUMENT
+
+
+async def test_whoever_does_not_read_what_it_is_sent_loses_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf:
+        async def read(self) -> object:
+            return await asyncio.Event().wait()
+
+        async def write(self, message: bytes) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(links, "UNREAD", 100)
+    link = links.Link(Deaf(), pb.FromWorker, pb.FromCoordinator(heartbeat=pb.Heartbeat()), 60.0)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(link.run(lambda kind, said: asyncio.sleep(0)))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            link.say(pb.FromCoordinator(open=pb.Open(program="a program")))
+        assert await running == "it does not read what it is sent"
+
+
 # The wire, by hand
 
 
@@ -248,37 +281,20 @@ WELCOME = pb.FromCoordinator(welcome=pb.Welcome(protocol=PROTOCOL, schema=SCHEMA
 @pytest.mark.parametrize(
     ("messages", "code"),
     [
-        ([pb.FromCoordinator(heartbeat=pb.Heartbeat())], StatusCode.UNAVAILABLE),
+        ([pb.FromCoordinator(heartbeat=pb.Heartbeat())], StatusCode.INVALID_ARGUMENT),
         ([pb.FromCoordinator(welcome=pb.Welcome(protocol=9, schema=SCHEMA))], StatusCode.FAILED_PRECONDITION),
         ([pb.FromCoordinator(welcome=pb.Welcome(protocol=PROTOCOL, schema="x"))], StatusCode.FAILED_PRECONDITION),
-        ([WELCOME, WELCOME], StatusCode.OK),
-        ([WELCOME, pb.FromCoordinator()], StatusCode.OK),
+        ([b"nonsense"], StatusCode.INVALID_ARGUMENT),
+        ([WELCOME, WELCOME], StatusCode.INVALID_ARGUMENT),
+        ([WELCOME, pb.FromCoordinator()], StatusCode.INVALID_ARGUMENT),
+        ([WELCOME], StatusCode.OK),
     ],
-    ids=["no welcome", "another protocol", "another schema", "welcome twice", "nothing"],
+    ids=["no welcome", "another protocol", "another schema", "no message", "welcome twice", "nothing", "the end"],
 )
 async def test_who_does_not_keep_to_the_protocol_loses_the_stream_and_the_worker_stays(
-    worker: tuple[Worker, str], messages: list[pb.FromCoordinator], code: StatusCode
+    worker: tuple[Worker, str], messages: list[pb.FromCoordinator | bytes], code: StatusCode
 ) -> None:
     assert await said_after(worker[1], *messages) == code
-    async with GrpcExecutor(worker[1]) as executor, executor.open(PROGRAM) as session:
-        await session.broadcast(PARAMS, {}, 0)
-        assert await bits(session) == await expected()
-
-
-async def test_a_stream_of_nonsense_ends_the_stream_and_not_the_worker(worker: tuple[Worker, str]) -> None:
-    rng = np.random.default_rng(0)
-    opening = pb.FromCoordinator(open=pb.Open(session=1, program=json.dumps(PROGRAM.to_json()))).SerializeToString()
-    frame = pb.FromCoordinator(frame=pb.Frame(transfer=1, data=b"x" * 99)).SerializeToString()
-    assign = pb.Assign(session=1, work=1, groups=[pb.Group(dtype="|u1", tensors=[pb.Tensor(name="images", shape=[8])])])
-    whole = [opening, frame, pb.FromCoordinator(assign=assign).SerializeToString(), b"", bytes_of(WELCOME)]
-    for _ in range(60):
-        messages: list[pb.FromCoordinator | bytes] = [WELCOME]
-        for message in rng.permutation(np.array(whole, dtype=object)):
-            damaged = bytearray(message)
-            if damaged and rng.random() < 0.7:
-                damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
-            messages.append(bytes(damaged))
-        await said_after(worker[1], *messages)
     async with GrpcExecutor(worker[1]) as executor, executor.open(PROGRAM) as session:
         await session.broadcast(PARAMS, {}, 0)
         assert await bits(session) == await expected()
