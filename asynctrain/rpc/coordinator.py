@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from asynctrain._aio import ServingGroup, in_thread, thread_pool
+from asynctrain._aio import ServingGroup, in_thread
 from asynctrain.arena import Arena, Array, Layout, aligned_empty
 from asynctrain.errors import ClosedError
 from asynctrain.executors.base import Executor, Session
@@ -20,7 +20,7 @@ from asynctrain.executors.shared_memory import Places
 from asynctrain.nn.model import Model
 from asynctrain.rpc import worker_pb2 as pb
 from asynctrain.rpc.codec import Arrival, Cargo, Frame, are_alike, layouts_of, nbytes
-from asynctrain.rpc.link import IN_THREAD, Link, LinkError
+from asynctrain.rpc.link import Link, LinkError
 from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Notice, Program, Speculated, Sums
 
 PENDING = 4  # times the capacity of a session: what may be under way, as what was cancelled takes time to end
@@ -115,7 +115,7 @@ class Coordinator:
 
     async def run(self) -> str:
         """Do what it asks until that is over, and return why; raises ``RefusedError``."""
-        async with thread_pool(1, "frames") as self._threads, self._tasks:
+        async with self._tasks:
             return await self.link.run(self._receive)
 
     def drain(self) -> None:
@@ -234,11 +234,8 @@ class Coordinator:
             return  # it was cancelled
         if transfer.task is not None:
             raise LinkError(f"frames of transfer {frame.transfer} must not come any more: it is complete")
-        if len(frame.data) > IN_THREAD:
-            await asyncio.get_running_loop().run_in_executor(self._threads, transfer.arrival.take, frame)
-        else:
-            transfer.arrival.take(frame)
-        if transfer.arrival.is_complete and self._transfers.get(frame.transfer) is transfer:
+        transfer.arrival.take(frame)
+        if transfer.arrival.is_complete:
             self._arrived(frame.transfer, transfer)
 
     def _arrived(self, number: int, transfer: _Transfer) -> None:
@@ -302,7 +299,7 @@ class Coordinator:
             cargo = Cargo.of_arrays({"outputs": result.outputs})
         message = pb.Result(work=work, sums=_sums_of(result.sums), groups=cargo.groups())
         self.link.say(pb.FromWorker(result=message))
-        await self.link.send_frames(cargo, work, self._threads)
+        await self.link.send_frames(cargo, work)
 
     def _tell(self, error: Exception, **of: int) -> None:
         failed = pb.Failed(error=json.dumps(told(error)), elsewhere=isinstance(error, ELSEWHERE), **of)

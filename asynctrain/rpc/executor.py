@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import Any, Self
 
-from asynctrain._aio import ServingGroup, first_of_several, in_thread, step_back
+from asynctrain._aio import ServingGroup, first_of_several, in_thread
 from asynctrain.errors import ClosedError, ExecutorError, WorkerLostError
 from asynctrain.executors.base import Session, Tell, nobody
 from asynctrain.executors.crew import WORKER_WAIT, Crew
@@ -90,7 +89,6 @@ class GrpcExecutor:
         self._patience = patience
         self._address = f"grpc://{','.join([*addresses, *([] if listen is None else [f'listen:{listen}'])])}"
         self._new_number: Callable[[], int] = partial(next, count(1))
-        self._threads = ThreadPoolExecutor(1, "asynctrain-frames", initializer=step_back)
         self._present: dict[ConnectedWorker, None] = {}
         self._sessions: set[GrpcSession] = set()
         self._changed = asyncio.Event()
@@ -131,7 +129,7 @@ class GrpcExecutor:
             await asyncio.shield(self._port)
         await self._until(lambda: bool(self._able()))
         async with Crew(self._address, worker_wait=self._worker_wait, patience=self._patience, tell=tell) as crew:
-            session = GrpcSession(program, places, crew, self._new_number, self._threads)
+            session = GrpcSession(program, places, crew, self._new_number)
             try:
                 with first_of_several():
                     await self._admit_all(session)
@@ -155,7 +153,6 @@ class GrpcExecutor:
                 await asyncio.wait(late)
             if not self._service.cancelled():
                 self._service.result()
-        await in_thread(self._threads.shutdown)
 
     async def __aenter__(self) -> Self:
         return self
@@ -272,7 +269,7 @@ class GrpcExecutor:
         await shaken(stream.write(pb.FromCoordinator(welcome=welcome).SerializeToString()), "welcome")
         beat = pb.FromCoordinator(heartbeat=pb.Heartbeat())
         link = Link(stream, pb.FromWorker, beat, self._heartbeat)
-        worker = ConnectedWorker(address, hello.instance, link, self._threads)
+        worker = ConnectedWorker(address, hello.instance, link)
         self._present[worker] = None
         self._refused = None
         self._changed.set()
@@ -289,7 +286,7 @@ class GrpcExecutor:
             await _admit(worker, session)
             self._changed.set()
         except Exception as error:  # whatever opening raises there: it did not on those before
-            _logger.warning("%s does not take part: %s", worker.address, error)
+            _logger.warning("%s does not take part: %s", worker.address, str(error))
             worker.link.lose(f"it could not open the session: {error}")
 
 

@@ -11,7 +11,6 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -31,7 +30,6 @@ SCHEMA = hashlib.sha256(pb.DESCRIPTOR.serialized_pb).hexdigest()
 HANDSHAKE = 10.0  # seconds for each step of it
 QUEUED = 2**23  # bytes that wait to be sent, before whoever sends more has to wait: some frames, to keep the wire busy
 UNREAD = 2**25  # bytes that wait to be sent: whoever lets more gather, does not read at all
-IN_THREAD = 2**18  # bytes: more are copied and summed up in a thread, and not by the loop
 
 Message = pb.FromWorker | pb.FromCoordinator
 
@@ -104,29 +102,19 @@ class Link:
 
     async def send(self, message: Message | bytes) -> None:
         """Send a message when there is room for it; raises ``LinkError``."""
+        await asyncio.sleep(0)  # whoever sends many large ones gives others a turn between them
         await self._until(QUEUED)
         if self.gone.done():
             raise LinkError(self.gone.result())
         self.say(message)
 
-    async def send_frames(self, cargo: Cargo, transfer: int, threads: Executor) -> None:
+    async def send_frames(self, cargo: Cargo, transfer: int) -> None:
         """Send the frames of a transfer as fast as there is room for them; raises ``LinkError``.
 
         Where it is cancelled, those that are left are not sent.
-
-        Args:
-            cargo: what is sent.
-            transfer: its number.
-            threads: that make the frames, where they are so large that the loop would feel it.
         """
-        frames = cargo.frames(transfer)
-        if cargo.nbytes <= IN_THREAD:
-            for frame in frames:
-                await self.send(frame)
-            return
-        loop = asyncio.get_running_loop()
-        while (made := await loop.run_in_executor(threads, next, frames, None)) is not None:
-            await self.send(made)
+        for frame in cargo.frames(transfer):
+            await self.send(frame)
 
     def lose(self, reason: str) -> None:
         """Let it be over, if it is not yet."""

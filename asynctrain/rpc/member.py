@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, overload
 
@@ -17,7 +16,7 @@ from asynctrain.errors import ExecutorError, StaleParametersError, WorkerLostErr
 from asynctrain.executors.remote import rebuilt
 from asynctrain.rpc import worker_pb2 as pb
 from asynctrain.rpc.codec import Arrival, Cargo, Frame, are_alike, layouts_of
-from asynctrain.rpc.link import IN_THREAD, Link, LinkError
+from asynctrain.rpc.link import Link, LinkError
 from asynctrain.rpc.session import GrpcSession, Parcel
 from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Sums
 
@@ -75,14 +74,12 @@ class ConnectedWorker:
         address: what it is called.
         instance: of its process.
         link: to it.
-        threads: that copy what comes.
     """
 
-    def __init__(self, address: str, instance: str, link: Link, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, address: str, instance: str, link: Link) -> None:
         self.address = address
         self.instance = instance
         self.link = link
-        self.threads = threads
         self.members: dict[int, Member] = {}  # by the numbers of their sessions
         self.is_leaving = False
         self._answers: dict[int, _Answer] = {}  # by the numbers of their work
@@ -120,7 +117,7 @@ class ConnectedWorker:
     async def send_frames(self, cargo: Cargo, transfer: int) -> None:
         """Send the frames of a transfer; raises ``WorkerLostError``."""
         try:
-            await self.link.send_frames(cargo, transfer, self.threads)
+            await self.link.send_frames(cargo, transfer)
         except LinkError as error:
             raise WorkerLostError(self.address, str(error)) from error
 
@@ -165,17 +162,12 @@ class ConnectedWorker:
         self._count(said.work, arrival)
 
     async def _take(self, frame: Frame) -> None:
-        arrival = self._arrivals.get(frame.transfer)
-        if arrival is None:
-            return
-        if len(frame.data) > IN_THREAD:
-            await asyncio.get_running_loop().run_in_executor(self.threads, arrival.take, frame)
-        else:
+        if arrival := self._arrivals.get(frame.transfer):
             arrival.take(frame)
-        self._count(frame.transfer, arrival)
+            self._count(frame.transfer, arrival)
 
     def _count(self, work: int, arrival: Arrival) -> None:
-        if arrival.is_complete and work in self._arrivals:  # it may have been forgotten meanwhile
+        if arrival.is_complete:
             del self._arrivals[work]
             self._answers[work].complete()
 
@@ -264,7 +256,7 @@ class Member:
         assert isinstance(params, Parcel)  # noqa: S101 - the crew hands on what the session gave it
         taken = self._taken[params.transfer] = asyncio.get_running_loop().create_future()
         try:
-            async for message in params.messages():
+            for message in params.messages():
                 await self._worker.send(message)
             await taken
         finally:

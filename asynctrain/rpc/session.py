@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from typing import overload
 
 import numpy as np
 
+from asynctrain._aio import in_thread
 from asynctrain.arena import Arena, Array, Layout, aligned_empty
 from asynctrain.errors import ClosedError
 from asynctrain.executors.crew import Crew
 from asynctrain.executors.shared_memory import Places, write
 from asynctrain.rpc import worker_pb2 as pb
-from asynctrain.rpc.codec import FRAME, Cargo, are_alike
-from asynctrain.rpc.link import IN_THREAD
+from asynctrain.rpc.codec import FRAME, Cargo, are_alike, nbytes
 from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program
+
+COPIED_AT_ONCE = 2**20  # bytes: more are copied in a thread, and not by the loop
 
 
 class Parcel(dict[str, Array]):
@@ -26,31 +26,20 @@ class Parcel(dict[str, Array]):
     A frame is made when the first worker is to get it, and kept for the others and for those that come later.
     """
 
-    def __init__(self, session: int, version: int, transfer: int, cargo: Cargo, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, session: int, version: int, transfer: int, cargo: Cargo) -> None:
         super().__init__()
         self.transfer = transfer
         header = pb.Parameters(session=session, version=version, transfer=transfer, groups=cargo.groups())
         self._made = [pb.FromCoordinator(parameters=header).SerializeToString()]
         self._messages = 1 + -(-cargo.nbytes // FRAME)
         self._more = cargo.frames(transfer)
-        self._threads = threads if cargo.nbytes > IN_THREAD else None
 
-    async def messages(self) -> AsyncIterator[bytes]:
+    def messages(self) -> Iterator[bytes]:
         """Yield what has to be sent to a worker."""
         for number in range(self._messages):
-            while len(self._made) <= number:
-                await self._make_next()
+            if number == len(self._made):
+                self._made.append(next(self._more))
             yield self._made[number]
-
-    async def _make_next(self) -> None:
-        if self._threads is None:
-            self._make()
-        else:
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._make)
-
-    def _make(self) -> None:
-        """Make the next frame; in the one thread there is, so that a caller who is cancelled leaves no gap."""
-        self._made.extend(frame for frame in [next(self._more, None)] if frame is not None)
 
 
 class GrpcSession:
@@ -61,12 +50,9 @@ class GrpcSession:
         places: where things lie in it.
         crew: of the workers.
         new_number: gives numbers for sessions, work and transfers.
-        threads: one thread, that copies.
     """
 
-    def __init__(
-        self, program: Program, places: Places, crew: Crew, new_number: Callable[[], int], threads: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, program: Program, places: Places, crew: Crew, new_number: Callable[[], int]) -> None:
         self.places = places
         self.crew = crew
         self.new_number = new_number
@@ -76,7 +62,6 @@ class GrpcSession:
             raise ValueError(f"a program must be of at most {FRAME} characters to travel, got {len(text)}")
         self.opening = pb.FromCoordinator(open=pb.Open(session=self.number, program=text))
         self.closing = pb.FromCoordinator(close=pb.Close(session=self.number))
-        self._threads = threads
         self._free: list[Array] = []
         self._closed = False
 
@@ -94,9 +79,10 @@ class GrpcSession:
         """Begin to send the parameters; raises ``ValueError`` where they are not the program's."""
         if self._closed:
             raise ClosedError(f"{self} is closed")
-        loop = asyncio.get_running_loop()
-        cargo = await loop.run_in_executor(self._threads, self._laid_out, params, model_state)
-        parcel = Parcel(self.number, version, self.new_number(), cargo, self._threads)
+        arenas = [await _arena(params, self.places.params, "params")]
+        if model_state:
+            arenas.append(await _arena(model_state, self.places.state, "model_state"))
+        parcel = Parcel(self.number, version, self.new_number(), Cargo.of(*arenas))
         await self.crew.broadcast(parcel, {}, version)
 
     @overload
@@ -122,20 +108,20 @@ class GrpcSession:
         self._free.clear()
         self.crew.close()
 
-    def _laid_out(self, params: Params, model_state: Params) -> Cargo:
-        arenas = [_arena(params, self.places.params, "params")]
-        if model_state:
-            arenas.append(_arena(model_state, self.places.state, "model_state"))
-        return Cargo.of(*arenas)
-
     def __repr__(self) -> str:
         return f"<session {self.number} on {self.crew}>"
 
 
-def _arena(arrays: Params, layout: Layout, argument: str) -> Arena:
+async def _arena(arrays: Params, layout: Layout, argument: str) -> Arena:
     """Return ``arrays`` as they lie in ``layout``, copied only where they lie otherwise."""
     if isinstance(arrays, Arena) and are_alike([arrays.layout], [layout]):
         return arrays
+    if nbytes([layout]) <= COPIED_AT_ONCE:
+        return _written(arrays, layout, argument)
+    return await in_thread(_written, arrays, layout, argument)
+
+
+def _written(arrays: Params, layout: Layout, argument: str) -> Arena:
     arena = layout.empty()
     write(arrays, arena, argument)
     return arena

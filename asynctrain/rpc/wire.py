@@ -32,6 +32,8 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # or a second server would quietly share the port
+    ("grpc.http2.max_frame_size", MESSAGE_BYTES),  # 16 KiB of a message at a time otherwise,
+    ("grpc.http2.lookahead_bytes", 2 * MESSAGE_BYTES),  # and 64 KiB before the other side has to ask for more
     ("grpc.keepalive_time_ms", 20_000),  # what a side that is gone without a word has left behind is cleared away
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
@@ -159,9 +161,9 @@ async def dialled(address: str, method: str, access: Access) -> AsyncIterator[An
     else:
         channel = aio.secure_channel(address, credentials, options=_OPTIONS)
     async with channel:
-        open_stream: Any = channel.stream_stream(f"/{SERVICE}/{method}")
+        stream_of: Any = channel.stream_stream  # the stubs do not know that serializers may be left out
         metadata = () if access.token is None else (("authorization", f"Bearer {access.token}"),)
-        call = open_stream(metadata=metadata)
+        call = stream_of(f"/{SERVICE}/{method}")(metadata=metadata)
         try:
             yield call
         except asyncio.InvalidStateError:

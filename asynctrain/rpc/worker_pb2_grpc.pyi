@@ -24,6 +24,9 @@ groups one after the other, little-endian, in C order, each array padded to a mu
 ones lie packed together. They are cut into frames of 2 MiB, the last one shorter. Frames of several transfers may be
 mixed; those of one come in order. A transfer without bytes has no frames.
 
+A frame's CHECKSUM is the CRC-32 of 1024 sums of its data's words, which are of 64 bits, little-endian: the i-th word
+counts in the sum i mod 1024, and sums are modulo 2^64, written as words again.
+
 Where one side hears nothing of the other for the heartbeat's time, the stream is over, and the work is done elsewhere.
 """
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from asynctrain.arena import ALIGNMENT, Arena
 from asynctrain.rpc import worker_pb2 as pb
-from asynctrain.rpc.codec import FRAME, RANK, Arrival, Cargo, Frame, frame_in, layouts_of, nbytes
+from asynctrain.rpc.codec import FRAME, RANK, Arrival, Cargo, Frame, checksum, frame_in, layouts_of, nbytes
 from asynctrain.rpc.link import parsed
 
 SHAPES = st.dictionaries(
@@ -74,6 +74,22 @@ def test_large_arrays_are_cut_into_frames_of_two_mebibytes_and_small_ones_share_
     assert after.vector.tobytes() == large.vector.tobytes()
 
 
+def summed(data: bytes) -> int:
+    """Return the checksum that the contract asks for, word by word."""
+    sums = [0] * 1024
+    for i in range(len(data) // 8):
+        sums[i % 1024] = (sums[i % 1024] + int.from_bytes(data[8 * i : 8 * i + 8], "little")) % 2**64
+    return crc32(b"".join(value.to_bytes(8, "little") for value in sums))
+
+
+@pytest.mark.parametrize("size", [64, 8192, 8256, 3 * 8192 + 64])
+def test_a_checksum_is_that_of_the_contract_and_notices_words_that_change_or_change_places(size: int) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    assert checksum(data) == summed(data.tobytes())
+    for other in (np.roll(data, 8), data ^ np.uint8(1), np.where(np.arange(size) == size - 1, 255 - data, data)):
+        assert checksum(np.ascontiguousarray(other, np.uint8)) != checksum(data)
+
+
 def test_arrays_that_are_sent_without_a_copy_arrive_each_as_an_arena_of_its_own() -> None:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (5, 3, 3, 1), dtype=np.uint8), np.arange(10)[::2]
@@ -91,7 +107,7 @@ def test_frames_are_messages_as_protobuf_writes_them_of_either_side(
     for whole in (pb.FromWorker.FromString(message), pb.FromCoordinator.FromString(message)):
         assert (whole.frame.transfer, whole.frame.number) == (transfer, 0)
         assert whole.frame.data[: len(data)] == data
-        assert whole.frame.checksum == crc32(whole.frame.data)
+        assert whole.frame.checksum == summed(whole.frame.data)
     said = pb.Frame(transfer=transfer, number=number, data=data, checksum=checksum)
     message = pb.FromWorker(frame=said).SerializeToString()
     assert parsed(message, pb.FromWorker) == ("frame", Frame(transfer, number, memoryview(data), checksum))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from grpc import aio
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 CASES = 250  # of each side
 LIMITS = WorkerLimits(sessions=3, parameter_bytes=2**20, activation_bytes=2**20, work_bytes=2**20, pending_bytes=2**22)
-Talk = Callable[[aio.Channel, fuzzing.Talk], Awaitable[None]]
+Talk = Callable[[aio.Channel, fuzzing.Talk], Coroutine[Any, Any, None]]
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def held(runner: asyncio.Runner, block: AbstractAsyncContextManager[T]) -> Itera
     async def begin() -> tuple[T, asyncio.Task[None]]:
         ready: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(keep(ready))
-        await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
+        both: list[asyncio.Future[Any]] = [ready, task]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             await task
         return ready.result(), task

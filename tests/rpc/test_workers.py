@@ -23,6 +23,7 @@ from asynctrain.executors.ledger import Patience
 from asynctrain.rpc import TLS, Access, GrpcExecutor, Tokens, Worker, WorkerLimits, dial, dialling, listen
 from asynctrain.rpc import link as links
 from asynctrain.rpc import worker_pb2 as pb
+from asynctrain.rpc.codec import Cargo
 from asynctrain.rpc.link import PROTOCOL, SCHEMA
 from asynctrain.rpc.wire import SERVICE
 from asynctrain.types import ForwardWork, GradientWork, Notice, Program, WorkerJoined, WorkerLost
@@ -222,7 +223,7 @@ async def test_a_coordinator_too_many_is_turned_away() -> None:
 
 async def test_announcements_of_more_bytes_than_may_be_under_way_are_refused() -> None:
     limits = WorkerLimits(pending_bytes=2**20)
-    announced = fuzzing.Cargo.of_arrays({"images": np.zeros((2**17, 2, 2, 1), np.uint8)}).groups()
+    announced = Cargo.of_arrays({"images": np.zeros((2**17, 2, 2, 1), np.uint8)}).groups()
     async with serving(limits=limits) as (_, address), aio.insecure_channel(address) as channel:
         call = fuzzing.Call(channel, "Serve", pb.FromWorker)
         await call.say(WELCOME)
