@@ -33,6 +33,7 @@ executors.fingerprint| {GROUND} numpy threadpoolctl numba llvmlite
 executors.worker     | {GROUND} executors.blas nn numpy threadpoolctl
 executors.ledger     | {GROUND} nn numpy
 executors            | {GROUND} _aio nn numpy asyncio threadpoolctl
+rpc                  | {GROUND} _aio executors nn.model numpy asyncio grpc google
 inference            | {GROUND} _aio _files nn data.images executors.base executors.worker executors.blas
                      | numpy asyncio PIL safetensors
 train                | {GROUND} _version _aio _files nn optim inference metrics
@@ -127,6 +128,9 @@ def test_nn_knows_no_files_no_clocks_and_no_hidden_generators(module: str) -> No
         ("executors.local", "asynctrain.train.trainer"),
         ("inference.classifier", "asynctrain.data"),
         ("train.trainer", "asynctrain.executors.local"),
+        ("train.trainer", "grpc"),
+        ("executors.crew", "asynctrain.rpc.executor"),
+        ("rpc.executor", "asynctrain.serve.server"),
         ("train.trainer", "asynctrain.data.loader"),
         ("data.loader", "asynctrain.nn"),
         ("_aio", "numpy"),

@@ -1,4 +1,4 @@
-"""The command line: ``asynctrain demo | train | evaluate | predict | report | serve | info``.
+"""The command line: ``asynctrain demo | train | evaluate | predict | report | serve | worker | info``.
 
 People read standard error, programs read ``--json`` on standard output. Exit codes: 0 done, 1 failed, 2 wrong usage,
 130 and 143 after SIGINT and SIGTERM.

@@ -16,6 +16,7 @@ from asynctrain.cli import report as reports
 from asynctrain.cli import serve as serving
 from asynctrain.cli import train as training
 from asynctrain.cli import use
+from asynctrain.cli import workers as working
 from asynctrain.cli.process import run
 from asynctrain.cli.recipe import OPTIMIZERS, Recipe, make_executor
 from asynctrain.nn.kernels.backend import get as get_kernels
@@ -105,7 +106,9 @@ Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same wei
 Where = Annotated[
     str,
     typer.Option(
-        "--executor", callback=_known_executor, help="Where to compute: threads, threads:2, processes:2, or inline."
+        "--executor",
+        callback=_known_executor,
+        help="Where to compute: threads, threads:2, processes:2, inline, grpc://HOST:PORT, or grpc://listen:HOST:PORT.",
     ),
 ]
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A file that asynctrain has written.")]
@@ -280,6 +283,58 @@ def serve(
         grace=grace,
     )
     run(lambda: serving.serve(service, json))
+
+
+@app.command()
+def worker(
+    connect: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Dial a coordinator, and again whenever it is lost.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Wait for coordinators; port 0 for any that is free.")
+    ] = None,
+    executor: Where = "threads",
+    name: Annotated[str | None, typer.Option(help="What coordinators call it; by default host and process.")] = None,
+    capacity: Annotated[
+        int | None, typer.Option(min=1, help="Pieces of work at once; by default one for each CPU.")
+    ] = None,
+    token: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The token to show when dialling; or $ASYNCTRAIN_TOKEN."),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Lines NAME TOKEN, of which those who dial must have one; or $ASYNCTRAIN_TOKENS."
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Our certificate, in PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="The certificate's key, in PEM.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Whose certificates we accept from the other side, in PEM.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Work with other machines without encryption.")] = False,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish what is computed when it ends.")] = 30.0,
+    json: Json = False,
+) -> None:
+    """Compute gradients for trainings on other machines."""
+    if (connect is None) == (listen is None):
+        raise typer.BadParameter("say either --connect or --listen")
+    role = working.Role(
+        connect=connect,
+        listen=listen,
+        executor=executor,
+        name=name,
+        capacity=capacity,
+        token=token,
+        tokens=tokens,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_ca=tls_ca,
+        insecure=insecure,
+        grace=grace,
+    )
+    run(lambda: working.work(role, json))
 
 
 @app.command()

@@ -110,10 +110,19 @@ def _inline(rest: str) -> at.Executor:
     return at.InlineExecutor()
 
 
+def _workers(rest: str) -> at.Executor:
+    from asynctrain.cli.workers import (
+        executor_at,
+    )  # gRPC takes a tenth of a second to import, and few trainings need it
+
+    return executor_at(rest)
+
+
 EXECUTORS: dict[str, tuple[str, Make]] = {  # by what stands before the colon: how it is written, and what makes it
     "inline": ("inline", _inline),
     "threads": ("threads[:N]", _counted(at.ThreadExecutor)),
     "processes": ("processes[:N]", _counted(at.ProcessExecutor)),
+    "grpc": ("grpc://[listen:]HOST:PORT[,...]", _workers),
 }
 
 
@@ -125,4 +134,5 @@ def make_executor(text: str) -> at.Executor:
         return make(rest)
     except (KeyError, ValueError) as error:
         forms = ", ".join(form for form, _ in EXECUTORS.values())
-        raise ValueError(f"executor must be one of {forms} with N at least 1, got {text!r}") from error
+        reason = f": {error}" if kind == "grpc" else ""
+        raise ValueError(f"executor must be one of {forms} with N at least 1, got {text!r}{reason}") from error

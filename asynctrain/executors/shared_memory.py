@@ -150,6 +150,10 @@ class Places:
             pieces.append(Piece(pieces[-1].end if pieces else self.inputs_offset, array.shape, array.dtype.str))
         return pieces
 
+    def output_layout(self, samples: int) -> Layout:
+        """Return how the predictions for so many samples lie, where they travel as an arena."""
+        return Layout({"outputs": (samples, *self._outputs)}, self._dtype)
+
     def outputs(self, after: Piece, samples: int) -> Piece:
         """Return where the predictions for so many samples go, behind the last input."""
         return Piece(after.end, (samples, *self._outputs), self._dtype.str)

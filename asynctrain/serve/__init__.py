@@ -10,10 +10,10 @@ async with TrainingClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
+from asynctrain.rpc.security import TLS, Tokens
 from asynctrain.serve.client import RemoteRun, RemoteTraining, Trained, TrainingClient
 from asynctrain.serve.limits import Limits
 from asynctrain.serve.refusal import Refused
-from asynctrain.serve.security import TLS, Tokens
 from asynctrain.serve.server import TrainingServer, serve
 
 __all__ = [

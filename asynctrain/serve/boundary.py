@@ -18,8 +18,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode, aio
 
+from asynctrain.rpc.security import ANYONE, Tokens
 from asynctrain.serve.refusal import Refused, invalid
-from asynctrain.serve.security import ANYONE, Tokens
 
 _logger = logging.getLogger(__name__)
 _client: ContextVar[str] = ContextVar("asynctrain_client")

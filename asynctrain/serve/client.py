@@ -26,12 +26,12 @@ from asynctrain.inference.classifier import Classifier
 from asynctrain.inference.classifier import Prediction as Predicted
 from asynctrain.nn.model import Model
 from asynctrain.optim.transforms import Optimizer
+from asynctrain.rpc.security import TLS, is_loopback
 from asynctrain.serve import asynctrain_pb2 as pb
 from asynctrain.serve import asynctrain_pb2_grpc as rpc
 from asynctrain.serve.limits import MESSAGE_BYTES
 from asynctrain.serve.messages import CODES, EOF, from_message
 from asynctrain.serve.refusal import Refused
-from asynctrain.serve.security import TLS, is_loopback
 from asynctrain.train.events import Event, RunEnd
 
 T = TypeVar("T")

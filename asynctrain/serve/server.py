@@ -14,12 +14,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from asynctrain._aio import in_thread
 from asynctrain.executors.base import Executor
+from asynctrain.rpc.security import TLS, Tokens, require_safe
 from asynctrain.serve import asynctrain_pb2 as pb
 from asynctrain.serve import asynctrain_pb2_grpc as rpc
 from asynctrain.serve.boundary import Boundary
 from asynctrain.serve.limits import MESSAGE_BYTES, Limits
 from asynctrain.serve.runs import Runs
-from asynctrain.serve.security import TLS, Tokens, require_safe
 from asynctrain.serve.service import TrainingService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Training"].full_name

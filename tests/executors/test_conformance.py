@@ -23,12 +23,15 @@ from asynctrain.executors.group import ExecutorGroup
 from asynctrain.executors.pool import PoolExecutor
 from asynctrain.executors.process import ProcessExecutor
 from asynctrain.optim import initial_state
+from asynctrain.rpc import GrpcExecutor
 from asynctrain.testing import check_executor
 from asynctrain.train.state import TrainState
 from asynctrain.train.step import TrainStep
 from asynctrain.types import Batch, Cursor, ForwardWork, GradientWork, Program
+from tests.rpc.conftest import worker_process
 
 POOLS: dict[str, futures.Executor] = {}  # while this module's tests run
+WORKERS: list[str] = []  # likewise: addresses
 
 HOMES: dict[str, Callable[[], Executor]] = {
     "inline": InlineExecutor,
@@ -42,6 +45,10 @@ HOMES: dict[str, Callable[[], Executor]] = {
     "a pool of threads": lambda: PoolExecutor(POOLS["threads"], slots=2),
     "a pool of processes": lambda: PoolExecutor(POOLS["processes"], slots=2),
     "two processes": lambda: ProcessExecutor(2),
+    "two gRPC workers": lambda: GrpcExecutor(*WORKERS),
+    "gRPC, threads and a process": lambda: ExecutorGroup(
+        GrpcExecutor(WORKERS[0]), ThreadExecutor(1), ProcessExecutor(1)
+    ),
 }
 MODEL = nn.models.lenet(num_classes=10, image_shape=(12, 12, 1))
 PROGRAM = Program(MODEL.to_json(), seed=1)
@@ -58,12 +65,16 @@ def pools() -> Iterator[None]:
     with (
         futures.ThreadPoolExecutor(2) as threads,
         futures.ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes,
+        worker_process("--executor", "threads:1") as one,
+        worker_process("--executor", "threads:2") as other,
     ):
         POOLS.update(threads=threads, processes=processes)
+        WORKERS.extend([one.address, other.address])
         for pool in POOLS.values():
             list(pool.map(len, [()] * 8))
         yield
         POOLS.clear()
+        WORKERS.clear()
 
 
 @pytest.fixture(params=HOMES)

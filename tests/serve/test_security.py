@@ -15,10 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import asynctrain as at
+from asynctrain.rpc.security import is_loopback
 from asynctrain.serve import TLS, Refused, Tokens, TrainingClient, serve
 from asynctrain.serve import asynctrain_pb2 as pb
 from asynctrain.serve import asynctrain_pb2_grpc as rpc
-from asynctrain.serve.security import is_loopback
 from tests.serve.conftest import Serving
 from tests.serve.remote import OPTIONS
 
