@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
+.PHONY: help demo test soak check bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ check: $(VENV)/.installed-dev ## lint, formatting and types
 
 bench-executors: $(VENV)/.installed-dev ## measure what it costs to compute in other processes
 	$(RUN) -m benchmarks.executors
+
+bench-grpc: $(VENV)/.installed-bench ## measure what gRPC costs workers, and how fast the training service takes images in
+	$(RUN) -m benchmarks.grpc
 
 bench-kernels: $(VENV)/.installed-bench $(PEERS)/.installed ## time training steps and predictions beside PyTorch, JAX and others
 	$(RUN) -m benchmarks.kernels

@@ -55,14 +55,15 @@ async def round_seconds(rounds: Rounds, size: int) -> float:
         return statistics.median(await homes.timed(round_, 5, ROUNDS[size]))
 
 
-async def microbatch_rate(make: Callable[[int], at.Executor], workers: int) -> float:
-    """Return microbatches a second, of a model of less than 1 MB."""
+async def microbatch_rate(make: Callable[[int], at.Executor], workers: int, samples: int = SAMPLES) -> float:
+    """Return microbatches of so many samples a second, of a model of less than 1 MB."""
     model = at.models.resnet(num_classes=10, image_shape=(32, 32, 3), depth=8)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (SAMPLES, 32, 32, 3), dtype=np.uint8)
-    works = [GradientWork(0, i, MICROBATCHES, images, rng.integers(0, 10, SAMPLES)) for i in range(MICROBATCHES)]
+    images = rng.integers(0, 256, (samples, 32, 32, 3), dtype=np.uint8)
+    works = [GradientWork(0, i, MICROBATCHES, images, rng.integers(0, 10, samples)) for i in range(MICROBATCHES)]
     params, state = model.init(0), model.init_state()
     async with make(workers) as executor, executor.open(Program(model.to_json())) as session:
+        await homes.complete(session, workers)
         version = 0
 
         async def step() -> None:

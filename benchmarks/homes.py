@@ -20,6 +20,7 @@ import numpy as np
 from asynctrain import nn
 from asynctrain.arena import Arena, Array, Shape
 from asynctrain.executors import Executor
+from asynctrain.executors.base import Session
 from asynctrain.executors.blas import find_blas, one_blas_thread
 from asynctrain.executors.shared_memory import Block
 from asynctrain.executors.worker import GradientWorker, Sheet, StopFlag
@@ -73,6 +74,7 @@ async def executor_rounds(executor: Executor, megabytes: float) -> AsyncIterator
     params = params_of(megabytes)
     version = 0
     async with executor, executor.open(Program(model_of(megabytes).to_json())) as session:
+        await complete(session, WORKERS)
 
         async def round_() -> None:
             nonlocal version
@@ -84,6 +86,13 @@ async def executor_rounds(executor: Executor, megabytes: float) -> AsyncIterator
                 result.release()
 
         yield round_
+
+
+async def complete(session: Session, workers: int) -> None:
+    """Wait until all workers take part: those that dial in come one after the other."""
+    async with asyncio.timeout(60):
+        while session.slots < workers:  # noqa: ASYNC110 - nobody tells it
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

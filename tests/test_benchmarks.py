@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import asynctrain as at
-from benchmarks import executors, homes, kernels, serving, steps
+from benchmarks import executors, grpc, homes, hosts, kernels, serving, steps
 from benchmarks.steps import Job
 
 OURS = Job("asynctrain", "mlp")
@@ -94,3 +95,30 @@ async def test_the_bare_loop_and_the_executors_give_the_gradients_that_each_roun
     for rounds in (homes.bare_rounds(0.01), homes.executor_rounds(at.ProcessExecutor(2), 0.01)):
         async with rounds as round_:
             assert len(await homes.timed(round_, 1, 2)) == 2
+
+
+@pytest.mark.parametrize("rounds", [hosts.bare_rounds, hosts.grpc_rounds, partial(hosts.grpc_rounds, encrypted=True)])
+async def test_bare_sockets_and_grpc_give_the_gradients_that_each_round_checks(rounds: grpc.Rounds) -> None:
+    async with rounds(0.1) as round_:
+        assert len(await homes.timed(round_, 1, 2)) == 2
+
+
+def test_grpc_is_held_against_bare_sockets_and_the_service_against_what_is_asked() -> None:
+    results: dict[str, list[Any]] = {executors.IDLE: [[0.001] * 10]}
+    results |= {f"round, bare loop, {size} MB": [0.002] for size in grpc.SIZES}
+    results |= {"round, gRPC, 1 MB": [0.011], "round, gRPC, 10 MB": [0.004], "round, gRPC, 100 MB": [0.006]}
+    results |= {"round, mutual TLS, 10 MB": [0.006], "round, mutual TLS, 100 MB": [0.012]}
+    results |= {"microbatches, 1": [20.0], "microbatches, 2": [34.0], "intake": [150.0, 250.0, 190.0]}
+    results["heartbeat"] = [{"late": [0.001, 0.049], "taken": 100}, {"late": [0.002], "taken": 300}]
+    met = {row.case: row.met for row in grpc.rows_of(results)}
+    assert met == {
+        "round, gRPC, 1 MB": False,
+        "round, gRPC, 10 MB": True,
+        "round, gRPC, 100 MB": False,
+        "round, mutual TLS, 10 MB": True,
+        "round, mutual TLS, 100 MB": False,
+        "two workers, 50 ms each": True,
+        "TrainModel, raw images": False,
+        "the service's loop": True,
+    }
+    assert "about 200 MB" in grpc.notes_of(results)[2]

@@ -124,18 +124,27 @@ def decoder_fingerprint(settings: ImageSettings) -> dict[str, str]:
     Raises:
         ModuleNotFoundError: the decoder that ``settings`` name is not installed.
     """
-    from importlib.metadata import version  # here, as it imports for 20 ms
-
     _require_installed(settings.decoder)
     return {
         "decoder": settings.decoder,
-        settings.decoder: version(settings.decoder),
-        "pillow": version("pillow"),
+        settings.decoder: _version_of(settings.decoder),
+        "pillow": _version_of("pillow"),
         "jpeg": _first_built_in("libjpeg_turbo", "jpg"),
         "zlib": _first_built_in("zlib_ng", "zlib"),
         "webp": _first_built_in("webp"),
         "tiff": _first_built_in("libtiff"),
     }
+
+
+@cache
+def _version_of(package: str) -> str:
+    """Return the version of an installed package.
+
+    It is looked up once: each time that a folder of ``sys.path`` has changed, the lookup keeps another listing of it.
+    """
+    from importlib.metadata import version  # here, as it imports for 20 ms
+
+    return version(package)
 
 
 def _first_built_in(*libraries: str) -> str:

@@ -7,8 +7,9 @@ import json
 import random
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 from grpc import StatusCode, aio
 
-from asynctrain._aio import in_thread
+from asynctrain._aio import in_thread, thread_pool
 from asynctrain._files import write_whole
 from asynctrain.arena import Array, Shape
 from asynctrain.data.datasets import ArrayDataset, Dataset
@@ -299,7 +300,7 @@ class RemoteRun:
         """Return what the service's model sees on images: files' bytes, or an array (n, H, W, C) of uint8."""
         request = pb.PredictRequest(run_id=self.run_id, top_k=top_k)
         if isinstance(images, np.ndarray):
-            request.tensor.CopyFrom(_tensor(images))
+            _fill(request.tensor, images)
         else:
             request.encoded.images.extend(images)
         response = await self._client.ask(self._client.stub.Predict, request)
@@ -373,28 +374,26 @@ class RemoteTraining(RemoteRun):
                     call.cancel()
 
     async def _send(self, call: Any, patience: _Patience) -> None:
-        """Send what the service does not have yet, on one stream."""
+        """Send what the service does not have yet, on one stream; the next message is made while one is sent."""
         await _write(call, pb.TrainRequest(start=self._start))
         accepted = (await _read(call)).accepted
         self._run_id = accepted.run_id
         patience.reward()
         credit = accepted.credits
-        stored, complete = accepted.next_sequence, accepted.complete
-        batches = _batches(self._data)
-        for _ in range(stored):
-            await in_thread(next, batches, None)
+        if accepted.complete:
+            self._is_sent = True
+            return
+        stored = accepted.next_sequence
         sequence = stored
-        while not complete:
-            batch = await in_thread(next, batches, None)
-            if batch is None:
-                break
-            while not credit:
-                credit += (await _read(call)).credit.credits
-                patience.reward()
-            batch.sequence = sequence
-            await _write(call, pb.TrainRequest(batch=batch))
-            sequence, credit = sequence + 1, credit - 1
-        while not complete and stored < sequence:
+        async with _made_ahead(_requests(self._data), skipped=stored) as next_request:
+            while (request := await next_request()) is not None:
+                while not credit:
+                    credit += (await _read(call)).credit.credits
+                    patience.reward()
+                request.batch.sequence = sequence
+                await _write(call, request)
+                sequence, credit = sequence + 1, credit - 1
+        while stored < sequence:
             event = await _read(call)
             stored = event.credit.next_sequence if event.WhichOneof("kind") == "credit" else sequence
         self._is_sent = True
@@ -452,39 +451,64 @@ async def _read(call: Any) -> pb.TrainEvent:
     return event  # type: ignore[no-any-return]
 
 
-def _batches(data: Dataset) -> Iterator[pb.Batch]:
+@asynccontextmanager
+async def _made_ahead(
+    requests: Iterator[pb.TrainRequest], skipped: int
+) -> AsyncIterator[Callable[[], Awaitable[pb.TrainRequest | None]]]:
+    """Offer the messages one by one, None after the last; each is made in a thread while the one before is sent."""
+    loop = asyncio.get_running_loop()
+    async with thread_pool(1, "requests") as threads:
+        made = loop.run_in_executor(threads, next, islice(requests, skipped, skipped + 1), None)
+
+        async def next_request() -> pb.TrainRequest | None:
+            nonlocal made
+            request = await made
+            made = loop.run_in_executor(threads, next, requests, None)
+            return request
+
+        yield next_request
+
+
+def _requests(data: Dataset) -> Iterator[pb.TrainRequest]:
     """Yield the messages of a dataset, always the same ones: arrays in even pieces, files until one is full. Blocks."""
-    yield from _array_batches(data) if isinstance(data, ArrayDataset) else _record_batches(data)
+    yield from _array_requests(data) if isinstance(data, ArrayDataset) else _record_requests(data)
 
 
-def _array_batches(data: ArrayDataset) -> Iterator[pb.Batch]:
+def _array_requests(data: ArrayDataset) -> Iterator[pb.TrainRequest]:
     images = data.images if data.images.ndim == 4 else data.images[..., np.newaxis]
     count = min(MOST_IMAGES, max(1, PIECE // max(1, images[:1].nbytes)))
     for first in range(0, len(images), count):
-        piece = images[first : first + count]
         labels = data.labels[first : first + count].tolist()
-        yield pb.Batch(tensor=_tensor(piece), labels=labels, last=first + count >= len(images))
+        yield _array_request(images[first : first + count], labels, last=first + count >= len(images))
 
 
-def _record_batches(data: Dataset) -> Iterator[pb.Batch]:
-    waiting, size = pb.Batch(), 0
+def _array_request(images: Array, labels: Sequence[int], last: bool) -> pb.TrainRequest:
+    request = pb.TrainRequest()
+    _fill(request.batch.tensor, images)
+    request.batch.labels.extend(labels)
+    request.batch.last = last
+    return request
+
+
+def _record_requests(data: Dataset) -> Iterator[pb.TrainRequest]:
+    waiting, size = pb.TrainRequest(), 0
     for index in range(len(data)):
         record = data[index]
         content = record.source.read()
         if isinstance(content, np.ndarray):
-            yield from () if not waiting.labels else (waiting,)
+            yield from () if not waiting.batch.labels else (waiting,)
             image = content if content.ndim == 3 else content[..., np.newaxis]
-            yield pb.Batch(tensor=_tensor(image[np.newaxis]), labels=[record.label], last=index + 1 == len(data))
-            waiting, size = pb.Batch(), 0
+            yield _array_request(image[np.newaxis], [record.label], last=index + 1 == len(data))
+            waiting, size = pb.TrainRequest(), 0
             continue
-        if waiting.labels and (size + len(content) > PIECE or len(waiting.labels) == MOST_IMAGES):
+        if waiting.batch.labels and (size + len(content) > PIECE or len(waiting.batch.labels) == MOST_IMAGES):
             yield waiting
-            waiting, size = pb.Batch(), 0
-        waiting.encoded.images.append(content)
-        waiting.labels.append(record.label)
+            waiting, size = pb.TrainRequest(), 0
+        waiting.batch.encoded.images.append(content)
+        waiting.batch.labels.append(record.label)
         size += len(content)
-    if waiting.labels:
-        waiting.last = True
+    if waiting.batch.labels:
+        waiting.batch.last = True
         yield waiting
 
 
@@ -495,10 +519,13 @@ def _classifier(content: bytes) -> Classifier:
         return Classifier.load(path)
 
 
-def _tensor(images: Array) -> pb.Tensor:
+def _fill(tensor: pb.Tensor, images: Array) -> None:
+    """Let ``tensor``, which is part of its message already, hold images: what is put together is copied once more."""
     if images.dtype != np.uint8:
         raise TypeError(f"images must be an array of uint8, got {images.dtype}")
-    return pb.Tensor(dtype=pb.Tensor.UINT8, shape=images.shape, data=np.ascontiguousarray(images).tobytes())
+    tensor.dtype = pb.Tensor.UINT8
+    tensor.shape.extend(images.shape)
+    tensor.data = images.tobytes()
 
 
 def _trained(info: pb.RunInfo) -> Trained:

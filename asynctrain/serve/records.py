@@ -37,6 +37,7 @@ class Outcome:
         code: the status, as gRPC counts, where it did not.
         detail: what went wrong then.
         time: when it ended, in seconds since 1970.
+        events: how many it has, the one that tells this included.
     """
 
     end: End
@@ -47,6 +48,7 @@ class Outcome:
     code: int = 0
     detail: str = ""
     time: float = 0.0
+    events: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,9 @@ class Record:
         run_id: its name.
         client: whose it is.
         key: by which that client finds it again, or nothing.
-        start: the Start, in its canonical bytes.
+        start: the Start, in its canonical bytes; nothing once it has ended.
+        digest: of these bytes, SHA-256: another Start with the same key is told by it.
+        epochs: that it asks for.
         created: when, in seconds since 1970.
         phase: whether its data is still to come, is all there, or the run has ended.
         order: of those whose data is all there, the place in the queue.
@@ -71,6 +75,8 @@ class Record:
     client: str
     key: str
     start: bytes
+    digest: str
+    epochs: int
     created: float
     phase: Phase = "receiving"
     order: int = 0
@@ -120,6 +126,8 @@ class Records:
             except (FileNotFoundError, NotADirectoryError):
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
+            for leftover in (*folder.glob(".*"), *(folder / RUN).glob(".*")):
+                leftover.unlink()  # a file that was being written
             try:
                 yield Record.from_json(json.loads(content))
             except (ValueError, KeyError, TypeError) as error:  # somebody may want to mend it

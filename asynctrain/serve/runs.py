@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -27,6 +28,7 @@ from asynctrain.serve.records import End, Outcome, Record, Records
 from asynctrain.serve.refusal import Refused, exhausted, require_at_most, unfit
 from asynctrain.serve.samples import Labelled, read_samples
 from asynctrain.serve.spool import Spool
+from asynctrain.serve.told import Told, told_in
 from asynctrain.train.history import History, row_of
 from asynctrain.train.run import Run
 from asynctrain.train.run_folder import RunFolder
@@ -74,6 +76,7 @@ class ServedRun:
         spool: its data; likewise.
         folder: of its training.
         live: the training under way, if there is one.
+        told: what of its events is on disk, while there is none.
         task: that trains, or is about to.
         is_wanted: whether nobody has cancelled it.
         is_interruptible: whether cancelling the task now lets it end the run.
@@ -86,6 +89,7 @@ class ServedRun:
         self.spool = spool
         self.folder = folder
         self.live: Run | None = None
+        self.told = Told()
         self.task: asyncio.Task[None] | None = None
         self.is_wanted = True
         self.is_interruptible = False
@@ -108,6 +112,13 @@ class ServedRun:
     def news(self) -> asyncio.Event:
         """An event that is set when anything changes from now on."""
         return self._news
+
+    @property
+    def next_event(self) -> int:
+        """The number that the next event will have."""
+        if self.outcome is not None:
+            return self.outcome.events
+        return self.told.events if self.live is None else self.live.next_event
 
     def announce(self) -> None:
         """Wake those who wait for news."""
@@ -231,15 +242,15 @@ class Runs:
             Refused: it cannot be done, is beyond a limit, or the key stands for another Start.
         """
         key = require_key(start)
-        content = canonical(start)
-        plan = await self.in_file_thread(parse_start, start, self.limits)
+        plan, content, digest = await self.in_file_thread(_examined, start, self.limits)
         async with self._beginning:
             if (known := self._by_key.get((client, key))) is not None:
-                if known.record.start != content:
+                if known.record.digest != digest:
                     raise Refused(StatusCode.ALREADY_EXISTS, "this idempotency key stands for another Start")
                 return known
             self._require_room(client)
-            record = Record(f"run-{secrets.token_hex(8)}", client, key, content, time.time())
+            name = f"run-{secrets.token_hex(8)}"
+            record = Record(name, client, key, content, digest, plan.epochs, created=time.time())
             await self.in_file_thread(self._records.save, record)
             spool = await self._spool(record, plan)
             return self._add(ServedRun(record, self._records.run_folder(record.run_id), plan, spool))
@@ -331,7 +342,8 @@ class Runs:
 
     def _queue(self) -> list[ServedRun]:
         """Return the runs that wait for their turn, in the order in which they do."""
-        waiting = [run for run in self._runs.values() if run.state == pb.QUEUED and run.is_wanted]
+        ready = (run for run in self._runs.values() if run.record.phase == "ready")
+        waiting = [run for run in ready if run.task is None and run.is_wanted]
         return sorted(waiting, key=lambda run: run.record.order)
 
     def _start_next(self) -> None:
@@ -355,6 +367,8 @@ class Runs:
             outcome = _failure(error, run)
         finally:
             run.is_interruptible = False
+            if run.live is not None:
+                run.told = Told(run.live.next_event, has_end=True)
             run.live = None
             run.announce()
         await self._end(run, outcome)
@@ -366,6 +380,7 @@ class Runs:
         plan, folder = run.plan, run.folder
         trainer = plan.trainer(self._executor)
         train, test = await self.in_file_thread(lambda spool: plan.split(*spool.arrays()), run.spool)
+        has_begun = await self.in_file_thread(folder.holds_run)
         async with trainer.start(
             plan.loader(train),
             epochs=plan.epochs,
@@ -373,7 +388,7 @@ class Runs:
             saving=plan.saving(),
             state=await in_thread(trainer.initial_state),
             run_dir=folder.path,
-            resume=folder.path if folder.holds_run() else None,
+            resume=folder.path if has_begun else None,
         ) as live:
             run.live = live
             run.announce()
@@ -443,7 +458,9 @@ class Runs:
 
     async def _end(self, run: ServedRun, outcome: Outcome) -> None:
         async with run.storing:
-            ended = replace(run.record, phase="ended", outcome=replace(outcome, time=time.time()))
+            events = run.told.events + (not run.told.has_end)
+            outcome = replace(outcome, time=time.time(), events=events)
+            ended = replace(run.record, phase="ended", start=b"", outcome=outcome)
             try:
                 await self.in_file_thread(self._records.save, ended)
             except OSError as error:  # the disk is full, say: the next server will end it again
@@ -494,6 +511,7 @@ class Runs:
     async def _take_up(self, run: ServedRun) -> None:
         """Go on with a run of the server before; one that had no key and not all its data has no client any more."""
         try:
+            run.told = await self.in_file_thread(told_in, run.folder.events.path)
             run.plan = await self.in_file_thread(restored, run.record.start, self.limits)
             run.spool = await self._spool(run.record, run.plan)
         except (Refused, OSError) as error:
@@ -536,6 +554,13 @@ _ENDS: Mapping[End, pb.RunState.ValueType] = {
     "cancelled": pb.CANCELLED,
     "failed": pb.FAILED,
 }
+
+
+def _examined(start: pb.Start, limits: Limits) -> tuple[Plan, bytes, str]:
+    """Return the plan of a Start, its canonical bytes and their digest; raises ``Refused``. Blocks."""
+    plan = parse_start(start, limits)
+    content = canonical(start)
+    return plan, content, hashlib.sha256(content).hexdigest()
 
 
 def _require_next(sequence: int, expected: int) -> None:

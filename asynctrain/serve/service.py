@@ -7,10 +7,10 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
-from io import BufferedReader
+from contextlib import ExitStack, aclosing, contextmanager
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import Any
 
 from grpc import StatusCode
@@ -106,6 +106,8 @@ class TrainingService(rpc.TrainingServicer):
             request = await inbox.next("batch", news)
             if request is not None:
                 batch = request.batch
+                if not batch.last:
+                    inbox.read_ahead()
                 stored = await self._runs.store(run, ticket, batch, batch.sequence, batch.last)
                 await context.write(pb.TrainEvent(credit=pb.Credit(credits=1, next_sequence=stored)))
 
@@ -171,7 +173,8 @@ class TrainingService(rpc.TrainingServicer):
             next_sequence=record.messages if spool is None else spool.contents.messages,
             samples=record.images if spool is None else spool.contents.images,
             queue_position=self._runs.queue_position(run),
-            epochs=pb.Start.FromString(record.start).epochs,
+            epochs=record.epochs,
+            next_event=run.next_event,
         )
         if live is not None:
             progress = live.progress
@@ -196,14 +199,15 @@ class TrainingService(rpc.TrainingServicer):
         run = self._run(request.run_id)
         snapshot = None if run.live is None else run.live.snapshot()
         in_thread = self._runs.in_file_thread
-        file = await in_thread(_opened, snapshot, run.folder.model)
+        stack = ExitStack()  # has the file, should this be cancelled while it is being opened
         try:
+            file = await in_thread(_opened, stack, snapshot, run.folder.model)
             total, digest = await in_thread(_measured, file)
             for offset in range(0, total, CHUNK):
                 data = await in_thread(file.read, CHUNK)
                 yield pb.ModelChunk(data=data, offset=offset, total=total, sha256=digest)
         finally:
-            file.close()
+            await in_thread(stack.close)  # with a file that has no name its bytes go, which takes a while
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:  # noqa: N802
         """Say what is on images."""
@@ -244,6 +248,13 @@ class _Inbox:
         self._context = context
         self._tasks = tasks
         self._reading: asyncio.Task[Any] | None = None  # goes on where meanwhile there was news
+        self._news: asyncio.Event | None = None
+        self._told: asyncio.Task[Any] | None = None  # of that news
+
+    def read_ahead(self) -> asyncio.Task[Any]:
+        """Let the next message come while this one is dealt with: one, so that memory stays bounded."""
+        self._reading = self._reading or self._tasks.create_task(self._context.read(), name="read-request")
+        return self._reading
 
     async def next(self, kind: str, news: asyncio.Event | None = None) -> Any:
         """Return the next message, which must be of ``kind``; None where ``news`` came first.
@@ -251,51 +262,55 @@ class _Inbox:
         Raises:
             Refused: it is of another kind, malformed, too late, or never comes.
         """
-        self._reading = self._reading or self._tasks.create_task(self._context.read(), name="read-request")
-        waiting = {self._reading}
-        if news is not None:
-            waiting.add(self._tasks.create_task(_set(news), name="await-news"))
+        reading = self.read_ahead()
+        waiting = {reading} if news is None else {reading, self._await(news)}
         idle = self._runs.limits.idle_seconds
         finished, _ = await asyncio.wait(waiting, timeout=idle, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting - {self._reading}:
-            task.cancel()
         if self._runs.is_draining:
             raise Refused(StatusCode.UNAVAILABLE, "the server is shutting down")
         if not finished:
             raise Refused(StatusCode.DEADLINE_EXCEEDED, f"the client has sent nothing for {idle:g} s")
-        if self._reading not in finished:
+        if reading not in finished:
             return None
-        request, self._reading = self._reading.result(), None
-        if request is EOF:
-            raise unfit("the stream has ended before its last batch")
-        if isinstance(request, Malformed):
-            request.require()
-        if request.WhichOneof("kind") != kind:
-            raise invalid(f"this message of the stream must have a {kind}")
-        return request
+        self._reading = None
+        return _required(reading.result(), kind)
+
+    def _await(self, news: asyncio.Event) -> asyncio.Task[Any]:
+        """Return the task that waits for ``news``: the same one until there is some."""
+        if self._told is None or self._news is not news:
+            self._news, self._told = news, self._tasks.create_task(news.wait(), name="await-news")
+        return self._told
 
 
-async def _set(event: asyncio.Event) -> None:
-    await event.wait()
+def _required(request: Any, kind: str) -> Any:
+    """Return a message that was read; raises ``Refused`` where it is not of ``kind``."""
+    if request is EOF:
+        raise unfit("the stream has ended before its last batch")
+    if isinstance(request, Malformed):
+        request.require()
+    if request.WhichOneof("kind") != kind:
+        raise invalid(f"this message of the stream must have a {kind}")
+    return request
 
 
-def _opened(snapshot: Classifier | None, path: Path) -> BufferedReader:
-    """Return the open file of a model; that of a snapshot has no name any more and goes with its last reader."""
+def _opened(stack: ExitStack, snapshot: Classifier | None, path: Path) -> BufferedReader | BufferedRandom:
+    """Return the open file of a model, which ``stack`` closes; that of a snapshot has no name and goes with it."""
     if snapshot is None:
         try:
-            return path.open("rb")
+            return stack.enter_context(path.open("rb"))
         except FileNotFoundError as error:
             raise _no_model() from error
-    with TemporaryDirectory(dir=path.parent, prefix=".model-") as folder:
-        snapshot.save(Path(folder) / "model.safetensors")
-        return (Path(folder) / "model.safetensors").open("rb")
+    file = stack.enter_context(TemporaryFile(dir=path.parent))  # noqa: SIM115 - it is closed by the stack
+    file.write(snapshot.to_bytes())
+    file.seek(0)
+    return file
 
 
 def _no_model() -> Refused:
     return unfit("the run has no model yet")
 
 
-def _measured(file: BufferedReader) -> tuple[int, str]:
+def _measured(file: BufferedReader | BufferedRandom) -> tuple[int, str]:
     """Return the length and the SHA-256 of a file, and go back to its beginning."""
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     total = file.tell()

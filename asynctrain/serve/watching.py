@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 
 from grpc import StatusCode
 
@@ -13,11 +12,10 @@ from asynctrain.serve import asynctrain_pb2 as pb
 from asynctrain.serve.messages import outcome_event, to_message
 from asynctrain.serve.refusal import Refused
 from asynctrain.serve.runs import Runs, ServedRun
+from asynctrain.serve.told import Told, after, lines_of, size_of
 from asynctrain.train.events import Event, Missed, RunEnd, from_json
 from asynctrain.train.log import EventFile
 from asynctrain.train.run import Run
-
-PIECE = 256 * 2**10  # bytes of the file of events that are read in one go
 
 
 async def watch(runs: Runs, run: ServedRun, number: int) -> AsyncGenerator[pb.TrainEvent, None]:
@@ -42,7 +40,7 @@ async def watch(runs: Runs, run: ServedRun, number: int) -> AsyncGenerator[pb.Tr
                 if held is None:
                     yield to_message(event)
         if outcome is not None:
-            end = held.number if held is not None else written.count - written.is_at_end
+            end = held.number if held is not None else written.told.events - written.told.has_end
             if held is not None or end >= number:
                 yield outcome_event(outcome, end)
             return
@@ -71,43 +69,23 @@ async def _live(live: Run, written: _Written, number: int) -> AsyncGenerator[Eve
 
 
 class _Written:
-    """The file of a run's events, read piece by piece as it grows.
-
-    Attributes:
-        count: of the events in the file, when it was read last.
-        is_at_end: whether the last of them then was the end of an attempt.
-    """
+    """The file of a run's events, read piece by piece as it grows. told: what was in it when it was read last."""
 
     def __init__(self, runs: Runs, file: EventFile) -> None:
         self._runs = runs
         self._path = file.path
         self._offset = 0
-        self.count = 0
-        self.is_at_end = False
+        self.told = Told()
 
     async def read(self, number: int) -> AsyncGenerator[Event, None]:
         """Yield the events from ``number`` on that are in the file now."""
-        if number < self.count:
-            self._offset = self.count = 0
-        while lines := await self._runs.in_file_thread(_lines, self._path, self._offset):
-            first, self.count = self.count, self.count + len(lines)
-            self._offset += sum(map(len, lines)) + len(lines)
-            self.is_at_end = json.loads(lines[-1])["event"] == RunEnd.__name__
+        if number < self.told.events:
+            self._offset, self.told = 0, Told()
+        while lines := await self._runs.in_file_thread(lines_of, self._path, self._offset):
+            first, self.told = self.told.events, after(self.told, lines)
+            self._offset += size_of(lines)
             for event in await self._runs.in_file_thread(_parsed, lines[max(0, number - first) :]):
                 yield event
-
-
-def _lines(path: Path, offset: int) -> list[bytes]:
-    """Return some whole lines of the file from ``offset`` on, without their ends; none where there are no more."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = file.read(PIECE)
-            if b"\n" not in content:
-                content += file.readline()
-    except FileNotFoundError:
-        return []
-    return content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
 
 
 def _parsed(lines: list[bytes]) -> list[Event]:

@@ -41,6 +41,11 @@ class EventLog:
         self._work = asyncio.Event()  # for the writer
         self.error: Exception | None = None  # why the file could not be written; events are delivered all the same
 
+    @property
+    def count(self) -> int:
+        """How many were published, the earlier ones included: the number that the next one will have."""
+        return self._published
+
     def publish(self, event: E) -> E:
         """Append ``event`` and return it with its number and time."""
         numbered = replace(event, number=self._published, time=time.time())

@@ -123,6 +123,11 @@ class Run:
         return self._step.hand_out(self._state) if self._step else self._state.copy()
 
     @property
+    def next_event(self) -> int:
+        """The number that the next event will have."""
+        return self._log.count
+
+    @property
     def progress(self) -> Progress:
         """How far the run is."""
         rate, steps = self._rate(), self._steps_in_all()

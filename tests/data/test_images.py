@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -638,3 +640,19 @@ def test_strange_and_broken_images_end_as_their_manifest_says(odd_images: Path, 
             wrong.append((entry["file"], entry["expect"], outcome))
     assert not wrong
     assert len(manifest["entries"]) == 217
+
+
+def test_naming_the_decoders_again_keeps_nothing_whatever_has_changed_in_the_folders_of_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def listings() -> int:
+        return sum(type(thing).__name__ == "Lookup" for thing in gc.get_objects())
+
+    known, before = decoder_fingerprint(RGB), listings()
+    for number in range(5):
+        (tmp_path / str(number)).touch()
+        os.utime(tmp_path, (number, number))
+        assert decoder_fingerprint(RGB) == known
+    assert listings() == before

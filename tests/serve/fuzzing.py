@@ -92,6 +92,37 @@ unary = st.tuples(
     ),
 )
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # and empty settings
+frames = st.builds(
+    lambda kind, flags, stream, content: (
+        len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+    ),
+    st.integers(0, 10),
+    st.integers(0, 255),
+    st.integers(0, 5),
+    st.binary(max_size=60),
+)
+raw = st.one_of(
+    st.binary(max_size=200),
+    st.builds(
+        lambda found, rest: PREFACE + b"".join(found) + rest, st.lists(frames, max_size=5), st.binary(max_size=20)
+    ),
+)
+
+
+async def send_raw(address: str, content: bytes) -> None:
+    """Send bytes to the port itself, and wait until the service has hung up, which it must."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    with suppress(ConnectionError):
+        writer.write(content)
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            await reader.read()
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+
 
 async def send_stream(channel: Any, requests: list[bytes]) -> StatusCode | None:
     """Send a stream; return its status, None where the service waits for more."""

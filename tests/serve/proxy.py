@@ -6,6 +6,8 @@ import asyncio
 from contextlib import suppress
 from typing import Self
 
+RATE, DELAY = 200_000, 0.05  # bytes in a second, seconds
+
 
 class Proxy:
     """Passes bytes on to a port, and does to each connection what is next in its plan.
@@ -13,7 +15,8 @@ class Proxy:
     Attributes:
         port: its own.
         plan: for each connection to come (what, after so many bytes either way): ``drop`` closes it, ``half_open``
-            passes nothing on any more and says nothing, ``throttle`` passes on 200 kB in a second.
+            passes nothing on any more and says nothing, ``throttle`` passes on 200 kB in a second, ``delay`` passes
+            everything on, 50 ms later.
     """
 
     def __init__(self, target: int) -> None:
@@ -68,13 +71,13 @@ class _Connection:
 
     async def passes(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
-            while data := await reader.read(1_000):
+            while data := await reader.read(1_000 if self._fault != "delay" else 2**16):
                 self._passed += len(data)
                 if self._fault and self._passed > self._after:
                     if self._fault == "drop":
                         return
                     if self._fault == "half_open":
                         await asyncio.Event().wait()
-                    await asyncio.sleep(len(data) / 200_000)
+                    await asyncio.sleep(DELAY if self._fault == "delay" else len(data) / RATE)
                 writer.write(data)
                 await writer.drain()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from grpc import StatusCode
+from grpc import StatusCode, aio
 
 import asynctrain as at
 from asynctrain.serve import Limits, Refused, RemoteRun, TrainingClient
 from asynctrain.serve import asynctrain_pb2 as pb
+from asynctrain.serve import asynctrain_pb2_grpc as rpc
 from asynctrain.train.events import Paused, Resumed, RunEnd, StepEnd
+from tests.conftest import open_files
 from tests.serve.conftest import Serving
+from tests.serve.layers import SECONDS, Slow
+from tests.serve.proxy import Proxy
 from tests.serve.remote import (
     FOREVER,
     OPTIONS,
@@ -87,6 +92,26 @@ async def test_cancelling_stops_the_computing_within_a_second_and_again_does_no_
         with pytest.raises(Refused, match="cancelled") as refused:
             await run.result()
     assert refused.value.code is StatusCode.CANCELLED
+
+
+@pytest.mark.parametrize("how", ["asked", "hung up"])
+async def test_a_clients_cancel_stops_the_computing_within_a_second_in_the_midst_of_a_microbatch(
+    client: TrainingClient, blobs: at.ArrayDataset, how: str
+) -> None:
+    slow = at.Model([*(Slow() for _ in range(50)), at.nn.Flatten(), at.nn.Dense(3)], input_shape=(8, 8, 1))
+    Slow.passes.clear()
+    async with calling(client, start_of(slow, blobs), batches_of(blobs)) as call:
+        run = client.run((await call.read()).accepted.run_id)
+        async with asyncio.timeout(10):
+            while len(Slow.passes) < 2:  # of 50 for each microbatch, a fifth of a second each
+                await asyncio.sleep(0.01)
+        left = time.monotonic()
+        if how == "asked":
+            await run.cancel()
+    await until(pb.CANCELLED, run)
+    assert time.monotonic() - left < 1
+    await asyncio.sleep(3 * SECONDS)
+    assert Slow.passes[-1] - left < 1
 
 
 async def test_leaving_the_block_of_a_run_cancels_it(
@@ -213,17 +238,36 @@ async def test_a_hundred_clients_that_connect_and_vanish_leave_nothing_behind(
     serving: Serving, blobs: at.ArrayDataset, model: at.Model, tmp_path: Path
 ) -> None:
     limits = Limits(runs=200, runs_per_client=200)
-    async with serving(limits=limits) as server, TrainingClient(server.address) as client:
+    async with (
+        serving(limits=limits) as server,
+        TrainingClient(server.address) as client,
+        Proxy(server.port) as proxy,
+    ):
+        await client.runs()
+        files, tasks = len(open_files()), len(asyncio.all_tasks())
+        proxy.plan = [("drop", 100 * number) for number in range(50)]
 
-        async def vanish(number: int) -> None:
-            batches = batches_of(blobs, 10)
-            async with calling(client, start_of(model, blobs, epochs=FOREVER), batches[: number % 4]) as call:
+        async def send(stub: Any, number: int) -> None:
+            call = stub.TrainModel()
+            with suppress(aio.AioRpcError, asyncio.InvalidStateError):
+                await call.write(pb.TrainRequest(start=start_of(model, blobs, epochs=FOREVER)))
+                for batch in batches_of(blobs, 10)[: number % 4]:
+                    await call.write(pb.TrainRequest(batch=batch))
                 if number % 3:
                     await call.read()
+            call.cancel()
+
+        async def vanish(number: int) -> None:
+            if number % 2:
+                await send(client.stub, number)
+            else:  # on a connection of its own, which is cut
+                own = aio.insecure_channel(f"127.0.0.1:{proxy.port}", [("grpc.use_local_subchannel_pool", 1)])
+                await send(rpc.TrainingStub(own), number)
+                await own.close(None)
 
         await asyncio.gather(*(vanish(number) for number in range(100)))
         async with asyncio.timeout(20):
-            while await client.runs():
+            while await client.runs() or len(open_files()) > files or len(asyncio.all_tasks()) > tasks:
                 await asyncio.sleep(0.05)
         assert list((tmp_path / "service" / "runs").iterdir()) == []
         assert "0 bytes" in repr(server.runs)

@@ -27,7 +27,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 def fuzz(runner: asyncio.Runner, folder: Path, blobs: at.ArrayDataset, model: at.Model, cases: int) -> None:
-    """Send so many streams, and so many single messages, to one server; then train on it."""
+    """Send so many streams, single messages and bytes that are none to one server; then train on it."""
 
     async def opened() -> tuple[Any, ...]:
         executor = at.ThreadExecutor(1)
@@ -40,10 +40,11 @@ def fuzz(runner: asyncio.Runner, folder: Path, blobs: at.ArrayDataset, model: at
     try:
 
         @settings(max_examples=cases, suppress_health_check=COMMON, database=None)
-        @given(stream=fuzzing.streams, one=fuzzing.unary)
-        def send(stream: list[bytes], one: tuple[str, bytes]) -> None:
+        @given(stream=fuzzing.streams, one=fuzzing.unary, raw=fuzzing.raw)
+        def send(stream: list[bytes], one: tuple[str, bytes], raw: bytes) -> None:
             fuzzing.require_answer(runner.run(fuzzing.send_stream(channel, stream)))
             fuzzing.require_answer(runner.run(fuzzing.send_one(channel, *one)))
+            runner.run(fuzzing.send_raw(server.address, raw))
 
         send()
 

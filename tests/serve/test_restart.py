@@ -21,7 +21,7 @@ from asynctrain.train.events import CheckpointSaved, Event, Resumed, RunEnd, Ste
 from asynctrain.train.log import EventLog
 from tests.serve.conftest import Serving
 from tests.serve.proxy import Proxy
-from tests.serve.remote import OPTIONS, RATE, batches_of, calling, reach, read_until, start_of, status_of
+from tests.serve.remote import FOREVER, OPTIONS, RATE, batches_of, calling, reach, read_until, start_of, status_of
 
 EPOCHS = 50  # 300 steps, about a second
 LONG: dict[str, Any] = OPTIONS | {"epochs": EPOCHS, "checkpoint_steps": 20}
@@ -33,11 +33,11 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
     return "asyncio", {"debug": True, "use_uvloop": True}
 
 
-async def trained_long(data: at.ArrayDataset, model: at.Model) -> str:
+async def trained_long(data: at.ArrayDataset, model: at.Model, epochs: int = EPOCHS) -> str:
     loader = at.Loader(data, batch_size=16, image_size=(8, 8), channels=1, seed=3)
     async with at.ThreadExecutor(1) as executor:
         trainer = at.Trainer(model, optimizer=at.optim.adamw(RATE), executor=executor, microbatch=8, seed=3)
-        return (await trainer.fit(loader, epochs=EPOCHS)).state.digest()
+        return (await trainer.fit(loader, epochs=epochs)).state.digest()
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ async def events_of(run: RemoteRun) -> list[Event]:
     return [event async for event in run]
 
 
-def require_whole(events: list[Event]) -> None:
+def require_whole(events: list[Event], epochs: int = EPOCHS) -> None:
     """Hold that no event was left out or told twice, and no step but those done again."""
     assert [event.number for event in events] == list(range(len(events)))
     steps = [event.step for event in events if isinstance(event, StepEnd)]
-    assert sorted(set(steps)) == list(range(1, 6 * EPOCHS + 1))
+    assert sorted(set(steps)) == list(range(1, 6 * epochs + 1))
     ends = [event for event in events if isinstance(event, RunEnd)]
     assert ends[-1] == events[-1]
     assert ends[-1].reason == "finished"
@@ -149,6 +149,19 @@ async def test_what_was_sent_before_the_server_ended_need_not_be_sent_again(
         assert (await read_until(call, "done")).done.digest == whole
 
 
+async def test_runs_that_wait_keep_their_order_through_a_restart(
+    serving: Serving, blobs: at.ArrayDataset, model: at.Model
+) -> None:
+    names = []
+    async with serving() as server, TrainingClient(server.address) as client:
+        for number in range(4):
+            run = client.train(blobs, model=model, idempotency_key=str(number), **OPTIONS | {"epochs": FOREVER})
+            await run.send()
+            names.append(run.run_id)
+    async with serving() as server, TrainingClient(server.address) as client:
+        assert [(await client.run(name).info()).queue_position for name in names] == [0, 1, 2, 3]
+
+
 async def test_a_paused_run_is_still_paused_after_a_restart(
     serving: Serving, blobs: at.ArrayDataset, model: at.Model, whole: str
 ) -> None:
@@ -158,9 +171,11 @@ async def test_a_paused_run_is_still_paused_after_a_restart(
         await run.pause()
     async with serving() as server, TrainingClient(server.address) as client:
         again = client.run(run.run_id)
-        assert (await again.info()).state == pb.PAUSED
+        assert (info := await again.info()).state == pb.PAUSED
+        assert info.next_event > 0
         await again.resume()
         assert (await again.result()).digest == whole
+        assert (await again.info()).next_event == len(await events_of(again))
 
 
 async def test_ended_runs_are_known_after_a_restart_with_their_models(
@@ -170,11 +185,13 @@ async def test_ended_runs_are_known_after_a_restart_with_their_models(
         async with client.train(blobs, model=model, **OPTIONS) as run:
             events = await events_of(run)
             trained, predicted = await run.result(), await run.predict(blobs.images[:3])
+            assert (await run.info()).next_event == len(events)
     async with serving() as server, TrainingClient(server.address) as client:
         again = client.run(run.run_id)
         assert await events_of(again) == events
         assert await again.result() == trained
         assert await again.predict(blobs.images[:3]) == predicted
+        assert (await again.info()).next_event == len(events)
 
 
 @pytest.mark.parametrize("number", [0, 1, 100, 10**9])
@@ -212,23 +229,32 @@ async def test_a_watch_that_falls_behind_gets_what_memory_has_lost_from_the_disk
     assert not any(isinstance(event, at.events.Missed) for event in events)
 
 
-@pytest.mark.parametrize("fault", ["drop", "throttle"])
+@pytest.mark.parametrize("fault", ["drop", "delay", "throttle"])
 async def test_a_connection_that_breaks_in_mid_stream_is_taken_up_again_and_changes_no_bit(
     server: Any, blobs: at.ArrayDataset, model: at.Model, whole: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from asynctrain.serve import client as client_module
 
     monkeypatch.setattr(client_module, "PIECE", 640)  # ten images a message
-    await require_same_through(fault, server.port, blobs, model, whole)
+    left = await require_same_through(
+        [(fault, 3_000), (fault, 9_000), (fault, 20_000)], server.port, blobs, model, whole
+    )
+    assert len(left) == (0 if fault == "drop" else 2)
 
 
-async def require_same_through(fault: str, port: int, data: at.ArrayDataset, model: at.Model, whole: str) -> None:
-    """Hold that a run through connections with a fault, three times, gets every event and ends with the same bits."""
+async def require_same_through(
+    plan: list[tuple[str, int]], port: int, data: at.ArrayDataset, model: at.Model, whole: str
+) -> list[tuple[str, int]]:
+    """Hold that a run through connections with faults gets every event and ends with the same bits.
+
+    Returns:
+        The faults of connections that were not needed.
+    """
     async with Proxy(port) as proxy, TrainingClient(f"127.0.0.1:{proxy.port}") as client:
-        proxy.plan = [(fault, 3_000), (fault, 9_000), (fault, 20_000)]
+        proxy.plan = plan
         run = client.train(data, model=model, optimizer=at.optim.adamw(RATE), idempotency_key="mine", **LONG)
         events = await events_of(run)
         trained = await run.result()
     require_whole(events)
     assert trained.digest == whole
-    assert proxy.plan == [] or fault == "throttle"
+    return proxy.plan

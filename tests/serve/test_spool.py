@@ -65,7 +65,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_message_leaves_the_messages_before
 
 
 def record(run_id: str, **fields: Any) -> Record:
-    return Record(run_id, "alice", "key", b"start \xff", 1.5, **fields)
+    return Record(run_id, "alice", "key", b"start \xff", "digest", 3, created=1.5, **fields)
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -88,6 +88,18 @@ def test_folders_without_a_record_are_removed_and_records_that_cannot_be_read_ar
     assert list(records.load()) == [record("a")]
     assert not (tmp_path / "runs" / "half").exists()
     assert (tmp_path / "runs" / "torn").exists()
+    records.close()
+
+
+def test_what_a_crash_has_left_half_written_beside_a_record_is_removed(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    records.save(record("a"))
+    (tmp_path / "runs" / "a" / "run").mkdir()
+    for name in (".record.json.x1", "run/.model.safetensors.x2", "run/.config.toml.x3"):
+        (tmp_path / "runs" / "a" / name).write_bytes(b"half")
+    assert list(records.load()) == [record("a")]
+    left = [path.name for path in (tmp_path / "runs" / "a").rglob("*") if path.is_file()]
+    assert left == ["record.json"]
     records.close()
 
 

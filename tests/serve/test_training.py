@@ -156,6 +156,25 @@ async def test_the_model_can_be_had_and_asked_while_it_trains(
         assert await run.predict(blobs.images[:3]) == await classifier.predict(list(blobs.images[:3]))
 
 
+async def test_a_model_that_is_fetched_leaves_no_file_behind_even_while_it_is_sent_or_when_that_is_broken_off(
+    client: TrainingClient, tmp_path: Path
+) -> None:
+    data = at.ArrayDataset(np.zeros((4, 64, 64, 3), np.uint8), np.arange(4) % 2)
+    model = at.models.mlp(num_classes=2, image_shape=(64, 64, 3), hidden=(512,))  # 25 MB, which waits to be read
+    async with client.train(data, model=model, epochs=100_000) as run:
+        await run.pause()
+        folder = tmp_path / "service" / "runs" / run.run_id / "run"
+        before = sorted(folder.iterdir())
+        for read in (0, 1, 3):
+            call = client.call(client.stub.GetModel, pb.GetModelRequest(run_id=run.run_id))
+            for _ in range(read):
+                assert len((await call.read()).data) == 2**20
+                assert sorted(folder.iterdir()) == before
+            call.cancel()
+        await run.model()
+        assert sorted(folder.iterdir()) == before
+
+
 async def test_each_message_stored_gives_its_credit_back_and_events_are_numbered_without_a_gap(
     client: TrainingClient, blobs: at.ArrayDataset, model: at.Model
 ) -> None:
