@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-pythons soak check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
+.PHONY: help demo test test-oldest test-pythons soak check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,7 +28,8 @@ test-pythons: $(RUN) ## run the test suite on each supported Python that is foun
 	@$(RUN) scripts/pythons.py $(TESTS)
 
 soak: $(VENV)/.installed-dev ## run the long tests, in at most an hour (SOAK=quick: in some minutes)
-	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak
+	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak tests/package
+	test '$(SOAK)' = quick || $(RUN) -m pytest -m one_loop --other-loop
 
 check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
@@ -49,6 +50,9 @@ bench-loading: $(VENV)/.installed-bench $(PEERS)/.installed ## load images side 
 
 bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a heartbeat in the same event loop gets while training
 	$(RUN) -m benchmarks.loop
+
+bench-pythons: $(VENV)/.installed-dev ## measure how decoding and training scale on each Python that test-pythons has found
+	$(RUN) -m benchmarks.pythons
 
 bench-serving: $(VENV)/.installed-dev ## measure what twenty predictions a second cost the training they are made beside
 	$(RUN) -m benchmarks.serving

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import asynctrain as at
 
-EPOCHS = 6
+EPOCHS = 4
 
 
 async def learn(folder: Path) -> dict[str, object]:

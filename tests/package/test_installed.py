@@ -9,8 +9,11 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.package.building import build_wheel
+
+pytestmark = pytest.mark.soak
 
 CORE = Path(__file__).with_name("core.py")
 LARGEST = 125_000_000  # bytes of all that is installed
@@ -37,7 +40,7 @@ def python(clean: Path, *arguments: object) -> str:
 def test_nothing_but_the_hard_dependencies_is_installed(clean: Path) -> None:
     code = "import importlib.metadata as m; print(*(found.name for found in m.distributions()))"
     hard = {line.split(">")[0] for line in requires("asynctrain") or [] if "extra ==" not in line}
-    assert {name.lower() for name in python(clean, "-c", code).split()} == {"asynctrain", *hard}
+    assert {canonicalize_name(name) for name in python(clean, "-c", code).split()} == {"asynctrain", *hard}
 
 
 def test_what_is_installed_takes_at_most_125_megabytes(clean: Path) -> None:

@@ -21,6 +21,8 @@ from asynctrain import callbacks
 from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, StepEnd
 from asynctrain.train.run import Callback
 
+pytestmark = pytest.mark.one_loop
+
 
 def start(step: int, number: int = 0) -> RunStart:
     return RunStart(
