@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak check bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
+.PHONY: help demo test test-oldest test-pythons soak check bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -20,8 +21,15 @@ demo: $(VENV)/.installed ## train a classifier of handwritten digits from image 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(RUN) -m pytest
 
+test-oldest: $(OLDEST)/.installed ## run the test suite on the oldest supported release of each dependency
+	$(OLDEST)/bin/python -m pytest $(TESTS)
+
+test-pythons: $(RUN) ## run the test suite on each supported Python that is found here (TESTS=tests/nn: a part of it)
+	@$(RUN) scripts/pythons.py $(TESTS)
+
 soak: $(VENV)/.installed-dev ## run the long tests, in at most an hour (SOAK=quick: in some minutes)
-	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak
+	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak tests/package
+	test '$(SOAK)' = quick || $(RUN) -m pytest -m one_loop --other-loop
 
 check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
@@ -46,6 +54,9 @@ bench-loading: $(VENV)/.installed-bench $(PEERS)/.installed ## load images side 
 bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a heartbeat in the same event loop gets while training
 	$(RUN) -m benchmarks.loop
 
+bench-pythons: $(VENV)/.installed-dev ## measure how decoding and training scale on each Python that test-pythons has found
+	$(RUN) -m benchmarks.pythons
+
 bench-serving: $(VENV)/.installed-dev ## measure what twenty predictions a second cost the training they are made beside
 	$(RUN) -m benchmarks.serving
 
@@ -56,7 +67,7 @@ bench-training: $(VENV)/.installed-bench $(PEERS)/.installed ## train from image
 	$(RUN) -m benchmarks.training
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment. A stamp is newer than pyproject.toml once what that asks for is installed.
@@ -76,6 +87,15 @@ $(VENV)/.installed-dev: pyproject.toml | $(RUN)
 	@echo "installing asynctrain and its development tools into $(VENV) ..."
 	@$(PIP) --editable '.[cli]' --group dev
 	@touch $@ $(VENV)/.installed
+
+$(OLDEST)/.installed: pyproject.toml scripts/oldest.py | $(RUN)
+	@echo "installing the oldest supported releases into $(OLDEST) ..."
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(RUN) scripts/oldest.py > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		--editable '.[cli]' --group dev
+	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	@echo "installing what the benchmarks need besides ..."

@@ -69,6 +69,34 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
             pytest.mark.usefixtures("no_task_left")(obj)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let ``make soak`` ask for what ``make test`` leaves out."""
+    parser.addoption("--other-loop", action="store_true", help="run tests marked one_loop on asyncio's own loop")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the tests marked ``one_loop`` on uvloop, which is the faster one, or else on the other loop alone."""
+    left_out = "uvloop" if config.getoption("--other-loop") else "asyncio"
+
+    def is_left_out(item: pytest.Item) -> bool:
+        loop = item.callspec.params.get("anyio_backend") if hasattr(item, "callspec") else None
+        return loop is not None and item.get_closest_marker("one_loop") is not None and name_of(loop) == left_out
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
+
+
+def name_of(loop: tuple[str, dict[str, bool]]) -> str:
+    """Return the name of an ``anyio_backend``."""
+    return "uvloop" if loop[1].get("use_uvloop") else "asyncio"
+
+
+def pytest_collection_finish() -> None:
+    """Take modules and tests, which stay, out of the garbage collector's sight: which would look at them each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 async def no_task_left() -> AsyncIterator[None]:
     """Fail an async test that ends before a task it started."""

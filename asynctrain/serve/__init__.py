@@ -10,11 +10,16 @@ async with TrainingClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-from asynctrain.rpc.security import TLS, Tokens
-from asynctrain.serve.client import RemoteRun, RemoteTraining, Trained, TrainingClient
-from asynctrain.serve.limits import Limits
-from asynctrain.serve.refusal import Refused
-from asynctrain.serve.server import TrainingServer, serve
+try:
+    from asynctrain.rpc.security import TLS, Tokens
+    from asynctrain.serve.client import RemoteRun, RemoteTraining, Trained, TrainingClient
+    from asynctrain.serve.limits import Limits
+    from asynctrain.serve.refusal import Refused
+    from asynctrain.serve.server import TrainingServer, serve
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in ("google", "grpc", "grpc_health", "grpc_reflection"):
+        raise
+    raise ModuleNotFoundError('the service is an extra: pip install "asynctrain[grpc]"', name=error.name) from error
 
 __all__ = [
     "TLS",

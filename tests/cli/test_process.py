@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import asynctrain as at
 
@@ -19,6 +21,32 @@ def test_info_tells_what_a_bug_report_needs_and_that_the_loop_is_uvloop(asynctra
     assert called.json["loop"].startswith("uvloop")
     assert called.json["fingerprint"] == at.numeric_fingerprint()
     assert called.json["packages"]["numpy"] in called.stderr
+    assert called.json["cpus"]["model"] in called.stderr
+    assert "openblas" not in called.json["fingerprint"]["blas"] or called.json["blas threads"]["openblas"] > 0
+
+
+def test_info_tells_the_version_of_every_dependency_and_of_every_extra_or_that_it_is_missing(
+    asynctrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "matplotlib":
+            raise PackageNotFoundError(name)
+        return f"the version of {name}"
+
+    monkeypatch.setattr("asynctrain.cli.info.version", version)
+    needed = list(map(Requirement, requires("asynctrain") or []))
+    called = asynctrain("info", "--json")
+    told = {None: called.json["packages"], **called.json["extra"]}
+    for extra, found in told.items():
+        names = {one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": extra or ""})}
+        hard = {one.name for one in needed if "extra" not in str(one.marker)}
+        assert set(found) == (names - hard if extra else hard)
+    assert called.json["extra"]["cli"]["typer"] == "the version of typer"
+    assert called.json["extra"]["plot"]["matplotlib"] is None
+    assert any(
+        line.split() == ["extra", "tensorboard", "tensorboardX", "not", "installed"]
+        for line in called.stderr.splitlines()
+    )
 
 
 def test_without_uvloop_a_command_runs_on_the_loop_of_asyncio(

@@ -15,6 +15,8 @@ from PIL import Image
 from asynctrain.data import ImageFolder, Loader, MemoryCache, augment, decoding
 from asynctrain.errors import DecodeError, ExecutorError
 
+pytestmark = pytest.mark.one_loop
+
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux shows it; nothing is written there by name
 
 

@@ -22,6 +22,8 @@ from asynctrain.errors import DecodeError, ReadError, TooManyBadSamples
 from asynctrain.randomness import Purpose, generator
 from asynctrain.types import Batch, Cursor, Record
 
+pytestmark = pytest.mark.one_loop
+
 SETTINGS = ImageSettings((4, 4), 1)
 
 

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from asynctrain.data.tar import CompressedTarShards, TarShards
 from asynctrain.errors import ClosedError, DataError, ReadError
 
+pytestmark = pytest.mark.one_loop
+
 Member = tuple[str, bytes | str]
 
 

@@ -20,6 +20,8 @@ from asynctrain.errors import CheckpointError, DecodeError, ReadError
 from asynctrain.inference.predictor import ImageLike
 from asynctrain.types import Program
 
+pytestmark = pytest.mark.one_loop
+
 MODEL = at.nn.models.small_cnn(num_classes=3, image_shape=(10, 14, 3))
 CLASSES = ("ant", "bee", "cat")
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)

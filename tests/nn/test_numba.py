@@ -33,6 +33,8 @@ from asynctrain.nn.kernels.pool import Span
 from asynctrain.testing import check_gradients
 from asynctrain.types import ForwardWork, GradientWork, Params, Program
 
+pytestmark = pytest.mark.one_loop
+
 MODULES: tuple[ModuleType, ...] = (activations, conv, depthwise, norm, pool, pooled, compiled_winograd)
 TOLERANCE = 1e-5  # relative to the largest
 SHAPES = [(7, 3), (4096, 16), (1000, 300), (30000, 1), (1, 5), (129, 64)]

@@ -24,6 +24,8 @@ from asynctrain.serve.samples import read_samples
 from tests.serve.conftest import Serving
 from tests.serve.remote import OPTIONS, batches_of, calling, start_of, status_of, tensor_of
 
+pytestmark = pytest.mark.one_loop
+
 INVALID, EXHAUSTED = StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED
 UNFIT, RANGE = StatusCode.FAILED_PRECONDITION, StatusCode.OUT_OF_RANGE
 DENSE = {"layer": "dense", "units": 3}

@@ -22,6 +22,8 @@ from asynctrain.serve import asynctrain_pb2_grpc as rpc
 from tests.serve.conftest import Serving
 from tests.serve.remote import OPTIONS
 
+pytestmark = pytest.mark.one_loop
+
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 TOKENS = ["# who may", "", f"alice {ALICE}", f"bob {BOB}"]
 

@@ -20,6 +20,8 @@ import asynctrain as at
 from asynctrain import callbacks
 from asynctrain.train.events import Callback, EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, StepEnd
 
+pytestmark = pytest.mark.one_loop
+
 
 def start(step: int, number: int = 0) -> RunStart:
     return RunStart(

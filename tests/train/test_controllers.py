@@ -17,6 +17,8 @@ from asynctrain.train.events import EpochEnd, Event, StepEnd
 from asynctrain.train.trainer import Options
 from asynctrain.types import JSON
 
+pytestmark = pytest.mark.one_loop
+
 
 def epoch_end(loss: float, validation: float | None = None, **metrics: float) -> EpochEnd:
     found = None if validation is None else EvaluationResult(validation, 1 - validation, 10, metrics)

@@ -19,6 +19,8 @@ from asynctrain.errors import CheckpointError
 from asynctrain.train import plots
 from asynctrain.train.events import EpochEnd, Evaluation, StepEnd
 
+pytestmark = pytest.mark.one_loop
+
 WORST = [{"source": "array[3]", "label": 0, "predicted": 1, "loss": 2.5}]
 
 

@@ -25,6 +25,8 @@ from asynctrain.train.state import TrainState
 from asynctrain.train.step import TrainStep
 from asynctrain.types import Batch, Cursor, Program, Sums
 
+pytestmark = pytest.mark.one_loop
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (23, 4, 4, 1), dtype=np.uint8)
 LABELS = RNG.integers(0, 3, 23)

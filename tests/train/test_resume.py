@@ -28,6 +28,8 @@ from asynctrain.train.events import Event, Resumed, RunStart, StepEnd
 from asynctrain.train.recorded import RecordedRun
 from asynctrain.train.saving import Saving
 
+pytestmark = pytest.mark.one_loop
+
 EPOCHS = 4
 STOPPED_AT = 8  # steps, in the second epoch
 

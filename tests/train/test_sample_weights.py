@@ -14,6 +14,8 @@ from asynctrain.data import ArrayDataset, Concat, ImageManifest
 from asynctrain.errors import DataError
 from asynctrain.metrics import ConfusionMatrix, PrecisionRecallF1, TopK
 
+pytestmark = pytest.mark.one_loop
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 4, 4, 1), dtype=np.uint8)
 LABELS = np.arange(24) % 3

@@ -14,6 +14,8 @@ from asynctrain.data import Sampler
 from asynctrain.errors import TooManyBadSamples
 from asynctrain.train.events import EpochEnd, Event, RunEnd, RunStart, SampleSkipped, StepEnd
 
+pytestmark = pytest.mark.one_loop
+
 SCATTERED = frozenset(range(5, 180, 29))  # seven of them, so that 173 are left: four batches of 40 and one of 13
 TAIL = frozenset(range(160, 180))  # all after the fourth batch: nothing tells that it was the last one
 HALF_A_BATCH_AND_TAIL = frozenset({*range(20, 40), *range(140, 180)})  # likewise, with batches of several slabs

@@ -32,6 +32,8 @@ from asynctrain.types import (
     cut,
 )
 
+pytestmark = pytest.mark.one_loop
+
 RNG = np.random.default_rng(0)
 
 

@@ -12,6 +12,8 @@ import pytest
 import asynctrain as at
 from asynctrain.types import Params
 
+pytestmark = pytest.mark.one_loop
+
 nn = at.nn
 
 
