@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
+.PHONY: help demo test soak clients test-clients check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,7 +21,13 @@ test: $(VENV)/.installed-dev ## run the test suite
 	$(RUN) -m pytest
 
 soak: $(VENV)/.installed-dev ## run the long tests, in at most an hour (SOAK=quick: in some minutes)
-	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak
+	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak tests/clients
+
+clients: ## install what the example clients in Node and Go need
+	@sh scripts/install_clients.sh
+
+test-clients: $(VENV)/.installed-dev clients ## run the example clients in Node and Go against the service
+	$(RUN) -m pytest -m soak -rP tests/clients
 
 check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
