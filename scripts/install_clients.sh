@@ -3,7 +3,7 @@
 cd "$(dirname "$0")/.." || exit
 
 if command -v npm >/dev/null; then
-    npm ci --prefix examples/clients/node --no-audit --no-fund || echo "the client in Node could not be installed"
+    npm ci --ignore-scripts --prefix examples/clients/node --no-audit --no-fund || echo "the client in Node could not be installed"
 else
     echo "the client in Node needs node and npm"
 fi

@@ -197,7 +197,9 @@ func sendTo(stream pb.Training_TrainModelClient, request *pb.TrainRequest) error
 }
 
 // report prints the events of a run until its end, and hands each on.
-func report(stream interface{ Recv() (*pb.TrainEvent, error) }, then func(*pb.TrainEvent) error) error {
+func report(stream interface {
+	Recv() (*pb.TrainEvent, error)
+}, then func(*pb.TrainEvent) error) error {
 	failed := false
 	for {
 		event, err := stream.Recv()
