@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-pythons soak check bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-serving bench-sources bench-training clean
+.PHONY: help demo test test-clients test-oldest test-pythons soak check clients bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,8 +28,14 @@ test-pythons: $(RUN) ## run the test suite on each supported Python that is foun
 	@$(RUN) scripts/pythons.py $(TESTS)
 
 soak: $(VENV)/.installed-dev ## run the long tests, in at most an hour (SOAK=quick: in some minutes)
-	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak tests/package
+	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak tests/clients tests/package
 	test '$(SOAK)' = quick || $(RUN) -m pytest -m one_loop --other-loop
+
+clients: ## install what the example clients in Node and Go need
+	@sh scripts/install_clients.sh
+
+test-clients: $(VENV)/.installed-dev clients ## run the example clients in Node and Go against the service
+	$(RUN) -m pytest -m soak -rP tests/clients
 
 check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
