@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-clients test-oldest test-pythons soak check clients bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-serving bench-sources bench-training clean
+.PHONY: help demo test test-clients test-oldest test-pythons soak check clients docs bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,10 @@ check: $(VENV)/.installed-dev ## lint, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(VENV)/.installed-docs ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@echo "the documentation is in site/index.html"
 
 bench-executors: $(VENV)/.installed-dev ## measure what it costs to compute in other processes
 	$(RUN) -m benchmarks.executors
@@ -73,7 +77,7 @@ bench-training: $(VENV)/.installed-bench $(PEERS)/.installed ## train from image
 	$(RUN) -m benchmarks.training
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(VENV)-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment. A stamp is newer than pyproject.toml once what that asks for is installed.
@@ -101,6 +105,11 @@ $(OLDEST)/.installed: pyproject.toml scripts/oldest.py | $(RUN)
 	@$(RUN) scripts/oldest.py > $(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
 		--editable '.[cli]' --group dev
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed-dev
+	@echo "installing what the documentation is built with ..."
+	@$(PIP) --group docs
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev

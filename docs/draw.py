@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation: ``python docs/draw.py``."""
+"""Draws the pictures of the documentation: ``python docs/draw.py``; the house is drawn by ``house.py``."""
 
 from __future__ import annotations
 
@@ -155,6 +155,47 @@ def bits() -> None:
     _save(figure, "bits")
 
 
+def flow() -> None:
+    """Draw the way of the data, from files to the next state, and the only way back."""
+    figure, axes = plt.subplots(figsize=(11, 5.4))
+    axes.set(xlim=(0, 118), ylim=(0, 58))
+    axes.axis("off")
+    _box(axes, 1, 42, 15, 12, "Dataset", "what there is:\npaths, labels", OUTSIDE)
+    _box(axes, 24, 42, 18, 12, "Sampler", "the order, a pure\nfunction of seed\nand epoch", STAGE)
+    _box(axes, 50, 42, 20, 12, "Loader", "read, decode, augment,\nassemble, between\nbounded queues", STAGE)
+    _box(axes, 78, 42, 17, 12, "Batch", "uint8 images, labels,\nand its Cursor", OUTSIDE)
+    _box(axes, 103, 42, 14, 12, "cut", "into M\nmicrobatches", STAGE)
+    for start, end in ((16.7, 23.3), (42.7, 49.3), (70.7, 77.3), (95.7, 102.3)):
+        _arrow(axes, (start, 48), (end, 48))
+    _arrow(axes, (110, 41.3), (110, 37))
+    for number in range(3):
+        _box(axes, 82 + 12 * number, 25, 9.5, 11, f"compute {number + 1}", "forward,\nbackward", "#e2f0d9")
+        _arrow(axes, (82 + 12 * number, 30.5), (79, 30.5) if number == 0 else (79.8 + 12 * number, 30.5))
+    axes.text(99, 22.5, "Session of an Executor: threads, processes, others", ha="center", fontsize=8.5, color=INK)
+    _box(
+        axes,
+        56,
+        25,
+        22,
+        11,
+        "gather, reduce",
+        "layer by layer, in the\norder of microbatches,\nwhoever was first",
+        STAGE,
+    )
+    _arrow(axes, (55.3, 30.5), (50.7, 30.5))
+    _box(axes, 29, 25, 21, 11, "update", "clipping; finite or an\nerror; the optimizer,\nlayer by layer", STAGE)
+    _arrow(axes, (28.3, 30.5), (23.7, 30.5))
+    _box(axes, 1, 25, 22, 11, "TrainState", "params, statistics,\noptimizer, controllers,\nstep, cursor: frozen", QUEUE)
+    _arrow(axes, (12, 24.3), (12, 17.7))
+    _box(axes, 1, 6, 22, 11, "for you", "events, checkpoints,\nsnapshots, progress", OUTSIDE)
+    back = FancyArrowPatch(
+        (20, 24.3), (99, 20.6), connectionstyle="arc3,rad=0.2", arrowstyle="-|>", mutation_scale=12, color="#c0392b"
+    )
+    axes.add_patch(back)
+    axes.text(60, 9, "broadcast(params, version): the only way back", ha="center", fontsize=9, color="#c0392b")
+    _save(figure, "flow")
+
+
 def _step(axes: Axes, start: float, y: float, end: float, name: str, given_up: bool) -> None:
     colour = "#f8d9d5" if given_up else STAGE
     axes.add_patch(Rectangle((start, y), end - start, 4, facecolor=colour, edgecolor=INK, linewidth=0.8))
@@ -214,3 +255,4 @@ if __name__ == "__main__":
     run_states()
     run_verbs()
     bits()
+    flow()

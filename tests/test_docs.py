@@ -15,7 +15,8 @@ import pytest
 import asynctrain as at
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
+ALL = sorted(DOCS.rglob("*.md"))
+PAGES = [page for page in ALL if "```python" in page.read_text(encoding="utf-8")]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_the_code_of_each_page_runs(page: Path, beside_flowers: Path) -> None:
     assert asyncio.run(run(blocks))["at"]
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_what_a_page_points_to_is_there(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         path, _, heading = target.partition("#")

@@ -1,11 +1,13 @@
 """Training for clients in any language, over gRPC (extra ``grpc``); ``asynctrain.proto`` is the contract.
 
-async with at.ThreadExecutor() as executor, serve("service/", executor, port=50051):
-    await asyncio.Event().wait()
+A server, and a client of it:
 
-async with TrainingClient("127.0.0.1:50051") as client:
-    async for event in client.train(data, model="lenet", image_shape=(28, 28, 1), epochs=3):
-        print(event)
+    async with at.ThreadExecutor() as executor, serve("service/", executor, port=50051):
+        await asyncio.Event().wait()
+
+    async with TrainingClient("127.0.0.1:50051") as client:
+        async for event in client.train(data, model="lenet", image_shape=(28, 28, 1), epochs=3):
+            print(event)
 """
 
 from __future__ import annotations

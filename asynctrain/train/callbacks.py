@@ -49,7 +49,9 @@ AT_MOST = 1.0  # seconds for which events of steps wait to be written
 def optional(callback: Callback) -> Callback:
     """Return ``callback`` such that an error in it is logged, as ``asynctrain``'s, and the run goes on.
 
-    >>> await trainer.fit(loader, epochs=10, callbacks=[optional(tell_the_others)])
+    For what a run can do without:
+
+        >>> await trainer.fit(loader, epochs=10, callbacks=[optional(tell_the_others)])
     """
 
     async def guarded(event: Event) -> None:
@@ -226,8 +228,8 @@ class Training(Protocol):
 class SaveBest:
     """Writes the best weights so far as a model file, whenever a controller keeps better ones.
 
-    >>> best = SaveBest("best.safetensors", trainer, loader.classes)
-    >>> await trainer.fit(loader, epochs=30, controllers=[KeepBest("validation.accuracy")], callbacks=[best])
+        >>> best = SaveBest("best.safetensors", trainer, loader.classes)
+        >>> await trainer.fit(loader, epochs=30, controllers=[KeepBest("validation.accuracy")], callbacks=[best])
 
     Which weights are the best is part of the run's state, so a resumed run knows it, and writes the file that an
     uninterrupted one would have written. ``Classifier.load`` reads it.
