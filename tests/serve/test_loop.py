@@ -71,8 +71,8 @@ async def test_the_loop_beats_while_the_largest_messages_come_and_large_models_g
     model = at.models.mlp(num_classes=2, image_shape=(64, 64, 3), hidden=(256,))  # 12 MB
     labels = data.labels.tolist()
     raw = [pb.Batch(sequence=number, tensor=tensor_of(data), labels=labels) for number in range(4)]
-    large = pb.EncodedImages(images=[_png(np.zeros((3_000, 3_000, 3), np.uint8))] * 12)
-    encoded = pb.Batch(sequence=4, encoded=large, labels=labels[:12], last=True)
+    large = pb.EncodedImages(images=[_png(np.zeros((3_000, 3_000, 3), np.uint8))] * 40)
+    encoded = pb.Batch(sequence=4, encoded=large, labels=labels[:40], last=True)
     start = start_of(model, data, batch_size=64, epochs=100_000, checkpoint_steps=1_000_000)
     async with beating() as late, calling(client, start, [*raw, encoded]) as call:
         run_id = (await call.read()).accepted.run_id
