@@ -28,7 +28,7 @@ test-pythons: $(RUN) ## run the test suite on each supported Python that is foun
 	@$(RUN) scripts/pythons.py $(TESTS)
 
 soak: $(VENV)/.installed-dev ## run the long tests, in at most an hour (SOAK=quick: in some minutes)
-	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP tests/soak tests/clients tests/package
+	SOAK='$(SOAK)' $(RUN) -m pytest -m soak -rP
 	test '$(SOAK)' = quick || $(RUN) -m pytest -m one_loop --other-loop
 
 clients: ## install what the example clients in Node and Go need

@@ -23,9 +23,10 @@ PLACES = (".pyenv/versions/*/bin", ".local/share/uv/python/*/bin")
 def found(name: str) -> Path | None:
     """Return the interpreter of a name such as ``python3.13``, if there is one that runs."""
     there = [path for place in PLACES for path in Path.home().glob(f"{place}/{name}")]
-    for candidate in filter(None, (shutil.which(name), *there)):
+    on_path = shutil.which(name)
+    for candidate in [Path(on_path), *there] if on_path else there:
         if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:  # a shim of pyenv may not run
-            return Path(candidate)
+            return candidate
     return None
 
 

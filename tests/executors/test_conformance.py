@@ -93,6 +93,7 @@ async def test_gradients_have_the_bits_of_the_inline_executor(home: Callable[[],
         assert await gradients(executor, WORK[1]) == await gradients(reference, WORK[1])
 
 
+@pytest.mark.one_loop
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet"])
 async def test_gradients_and_statistics_of_nested_layers_have_those_bits_too(
     home: Callable[[], Executor], name: str
@@ -217,6 +218,7 @@ def expected(name: str) -> str:
         return elsewhere.submit(asyncio.run, inline()).result()
 
 
+@pytest.mark.one_loop
 @pytest.mark.parametrize("name", MODELS)
 async def test_a_training_has_the_bits_of_the_inline_executor(home: Callable[[], Executor], name: str) -> None:
     async with home() as executor:
@@ -249,7 +251,7 @@ async def test_a_received_buffer_at_an_odd_offset_gives_the_same_bits(home: Call
         assert await gradients(executor, odd) == await gradients(reference, WORK[1])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 10))])
 async def test_cancelled_at_a_random_point_it_stops_and_the_session_stays_usable(
     home: Callable[[], Executor], seed: int
 ) -> None:

@@ -30,8 +30,8 @@ async def learn(folder: Path) -> dict[str, object]:
         whole = await trainer_on(executor).fit(loader, epochs=EPOCHS, validate=test)
         half = EPOCHS * loader.batches_per_epoch // 2 + 3
         await trainer_on(executor).fit(loader, epochs=EPOCHS, steps=half, validate=test, run_dir=folder / "run")
-    async with at.ProcessExecutor(1) as executor:
-        resumed = await trainer_on(executor).resume(folder / "run", loader, epochs=EPOCHS, validate=test)
+    async with at.ProcessExecutor(1) as process:
+        resumed = await trainer_on(process).resume(folder / "run", loader, epochs=EPOCHS, validate=test)
 
     at.Classifier.from_state(model, whole.state, classes=train.classes).save(folder / "digits.safetensors")
     classifier = await asyncio.to_thread(at.Classifier.load, folder / "digits.safetensors")

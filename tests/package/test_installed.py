@@ -70,6 +70,6 @@ def test_the_command_names_the_extra_that_it_needs_in_one_sentence(clean: Path) 
 
 
 def test_the_service_names_the_extra_that_it_needs(clean: Path) -> None:
-    command = [clean / "bin" / "python", "-I", "-c", "import asynctrain.serve"]
+    command = [str(clean / "bin" / "python"), "-I", "-c", "import asynctrain.serve"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith('pip install "asynctrain[grpc]"\n')

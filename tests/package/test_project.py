@@ -14,7 +14,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 def bounds(lines: list[str]) -> dict[str, str]:
     """Return the oldest release of each requirement by its name: ``numpy>=2.0; ...`` is ``numpy: 2.0``."""
-    return dict(re.split(">=|;", line)[:2] for line in lines)  # type: ignore[misc] - two, as each has a bound
+    found = (re.split(">=|;", line) for line in lines)
+    return {name: bound for name, bound, *_ in found}
 
 
 def test_the_citation_is_of_this_version_and_licence() -> None:

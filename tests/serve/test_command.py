@@ -15,6 +15,7 @@ import pytest
 
 import asynctrain as at
 from asynctrain.serve import Refused, TrainingClient
+from tests.cli.conftest import AsynctrainCommand, asynctrain  # noqa: F401 - a fixture
 from tests.serve.remote import OPTIONS, RATE, trained_here
 
 COMMAND = [sys.executable, "-m", "asynctrain.cli", "serve"]
@@ -37,6 +38,7 @@ def serving(*arguments: object, **environment: str) -> Iterator[tuple[subprocess
             process.kill()
 
 
+@pytest.mark.one_loop
 async def test_it_trains_on_the_executor_it_is_given_for_clients_with_a_token_and_ends_on_a_signal(
     blobs: at.ArrayDataset, model: at.Model, tmp_path: Path
 ) -> None:
@@ -55,7 +57,10 @@ async def test_it_trains_on_the_executor_it_is_given_for_clients_with_a_token_an
     assert TOKEN not in told
 
 
-def test_what_cannot_be_served_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_told_in_one_sentence(
+    asynctrain: AsynctrainCommand,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     limits = tmp_path / "limits.toml"
     limits.write_text("magic = 1\n")
     cases: list[tuple[list[object], int, str]] = [
@@ -67,8 +72,8 @@ def test_what_cannot_be_served_is_told_in_one_sentence(tmp_path: Path) -> None:
         ([], 2, "--grpc"),
     ]
     for arguments, code, sentence in cases:
-        done = called(tmp_path / "service", *arguments)
-        assert done.returncode == code, (arguments, done.stderr)
+        done = asynctrain("serve", tmp_path / "service", *arguments)
+        assert done.code == code, (arguments, done.stderr)
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
 

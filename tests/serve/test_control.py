@@ -33,6 +33,8 @@ from tests.serve.remote import (
     trained_here,
 )
 
+pytestmark = pytest.mark.one_loop
+
 ENDLESS: dict[str, Any] = OPTIONS | {"epochs": FOREVER}
 
 

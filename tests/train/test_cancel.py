@@ -49,16 +49,17 @@ async def states_of_a_whole_run(model: at.Model, loader: at.Loader) -> dict[int,
     return digests
 
 
+@pytest.mark.parametrize("moments", [6, pytest.param(25, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("split", ["microbatches", "layers"])
-async def test_at_25_random_moments_at_most_one_more_kernel_runs_per_worker_and_the_last_state_is_whole(
-    split: str, model: at.Model, loader: at.Loader, kernels: Kernels
+async def test_at_random_moments_at_most_one_more_kernel_runs_per_worker_and_the_last_state_is_whole(
+    split: str, moments: int, model: at.Model, loader: at.Loader, kernels: Kernels
 ) -> None:
     digests = await states_of_a_whole_run(model, loader)
     kernels_of_a_run = len(kernels.begun)
     draw = random.Random(0)
     async with at.ThreadExecutor(2, split=split) as executor:  # type: ignore[arg-type]
         threads_of_the_executor = None
-        for _ in range(25):
+        for _ in range(moments):
             trainer = at.Trainer(model, optimizer=at.optim.adamw(1e-2), executor=executor, microbatch=12)
             kernels.begun.clear()
             fit = asyncio.create_task(trainer.fit(loader, epochs=3))

@@ -619,6 +619,7 @@ async def test_predictions_of_snapshots_while_it_trains_are_those_of_a_stopped_c
         assert await copy.predict(images) == answers[step]
 
 
+@pytest.mark.one_loop
 async def test_twenty_predictions_a_second_leave_the_training_most_of_its_speed(
     trainer: at.Trainer, loader: at.Loader, blobs: at.ArrayDataset
 ) -> None:
