@@ -132,7 +132,7 @@ def test_results_that_a_page_does_not_name_are_shown_all_the_same(results: Path)
     assert "## Second" in page
 
 
-@pytest.mark.parametrize("page", DOCS.rglob("*.md"), ids=lambda page: page.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_every_page_can_be_filled(page: Path) -> None:
     assert not re.search(r"^<!-- (figures|names)", generated.filled(page.read_text(encoding="utf-8")), re.MULTILINE)
 

@@ -398,7 +398,6 @@ class StreamLoader(_Opening):
 
     Args:
         stream: for example ``from_async_iterable(...)``, ``CompressedTarShards`` or ``InterleaveStreams``.
-        options: ``batch_size``, ``image_size``, ... as for ``Loader``.
     """
 
     def __init__(self, stream: RecordStream, **options: Unpack[Options]) -> None:
