@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-serving bench-sources bench-training clean
+.PHONY: help demo test soak check bench-executors bench-kernels bench-learning bench-loading bench-loop bench-service bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ bench-loading: $(VENV)/.installed-bench $(PEERS)/.installed ## load images side 
 
 bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a heartbeat in the same event loop gets while training
 	$(RUN) -m benchmarks.loop
+
+bench-service: $(VENV)/.installed-dev $(PEERS)/.installed ## put a web service that trains beside the same one on PyTorch
+	$(RUN) -m benchmarks.service
 
 bench-serving: $(VENV)/.installed-dev ## measure what twenty predictions a second cost the training they are made beside
 	$(RUN) -m benchmarks.serving
