@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-clients test-oldest test-pythons soak check clients docs bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-serving bench-sources bench-training clean
+.PHONY: help demo test test-clients test-oldest test-pythons soak check clients docs bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-service bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ bench-loop: $(VENV)/.installed-dev $(PEERS)/.installed ## measure how late a hea
 
 bench-pythons: $(VENV)/.installed-dev ## measure how decoding and training scale on each Python that test-pythons has found
 	$(RUN) -m benchmarks.pythons
+
+bench-service: $(VENV)/.installed-dev $(PEERS)/.installed ## put a web service that trains beside the same one on PyTorch
+	$(RUN) -m benchmarks.service
 
 bench-serving: $(VENV)/.installed-dev ## measure what twenty predictions a second cost the training they are made beside
 	$(RUN) -m benchmarks.serving

@@ -487,7 +487,10 @@ SIDES: dict[str, dict[str, Callable[[Job], Result]]] = {
 }
 OURS = ("asynctrain", "asynctrain inline", "bare threads")  # the sides that run in asynctrain's own environment
 PEERS = tuple(side for side in SIDES if side not in OURS)
-PACKAGES = ("asynctrain", "numpy", "uvloop", "numba", "torch", "jax", "scikit-learn", "onnxruntime")
+PACKAGES = (
+    *("asynctrain", "numpy", "uvloop", "numba", "torch", "jax", "scikit-learn", "onnxruntime"),
+    *("fastapi", "uvicorn"),
+)
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from asyncio.subprocess import PIPE, create_subprocess_exec
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 import asynctrain as at
-from benchmarks import executors, grpc, homes, hosts, kernels, serving, steps
+from benchmarks import executors, grpc, homes, hosts, kernels, service, serving, steps
 from benchmarks.steps import Job
 
 OURS = Job("asynctrain", "mlp")
@@ -122,3 +125,40 @@ def test_grpc_is_held_against_bare_sockets_and_the_service_against_what_is_asked
         "the service's loop": True,
     }
     assert "about 200 MB" in grpc.notes_of(results)[2]
+
+
+def served(late: float, rate: float, stopped: float) -> service.Round:
+    return service.Round([0.001] * 99 + [late], [0.001], rate, [stopped], [stopped], exit=stopped, lost=0)
+
+
+def test_a_service_is_better_where_it_answers_sooner_ends_sooner_and_trains_more() -> None:
+    fast, slow = served(0.01, 300, 0.1), served(0.04, 150, 0.2)
+    two, one = (side.name for side in service.PEERS)
+    rows = service.rows_of({service.OURS.name: [fast, fast], two: [slow, slow], one: [served(0.005, 600, 0.05)] * 2})
+    told = {(row.peer_name, row.case, row.metric): (row.ratio, row.met) for row in rows}
+    assert told[two, "latency while it trains", "max, ms"] == (pytest.approx(4), True)
+    assert told[one, "latency while it trains", "max, ms"] == (pytest.approx(0.5), False)
+    assert told[two, "training under load", "images/s"] == (2, None)
+    assert told[one, "training under load", "images/s"] == (0.5, None)
+    assert [told[peer, "cancel", "ms to the stop"][1] for peer in (two, one)] == [True, False]
+    assert [told[peer, "SIGTERM", "ms to the exit"][1] for peer in (two, one)] == [True, False]
+
+
+def test_the_rate_counts_from_when_a_step_was_seen_first_to_when_another_was() -> None:
+    assert service.rate_of({7: 1.0, 8: 1.5, 11: 3.0}) == 4 * service.ORDER["batch_size"] / 2.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the CPU time of other processes")
+async def test_a_process_is_quiet_from_the_moment_when_it_no_longer_computes() -> None:
+    code = "import time\nend = time.perf_counter() + 0.3\nwhile time.perf_counter() < end: pass\n"
+    code += "print(time.perf_counter(), flush=True)\ntime.sleep(30)"
+    start = time.perf_counter()
+    process = await create_subprocess_exec(sys.executable, "-c", code, stdout=PIPE)
+    try:
+        seconds = await service.until_quiet(process.pid, start)
+        assert process.stdout is not None
+        ended = float(await process.stdout.readline()) - start
+        assert seconds == pytest.approx(ended, abs=0.1)
+    finally:
+        process.kill()
+        await process.wait()
