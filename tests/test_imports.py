@@ -32,6 +32,9 @@ executors.blas       | {GROUND} threadpoolctl
 executors.fingerprint| {GROUND} numpy threadpoolctl numba llvmlite
 executors.worker     | {GROUND} executors.blas nn numpy threadpoolctl
 executors.ledger     | {GROUND} nn numpy
+executors.dask       | {GROUND} _aio nn executors numpy asyncio dask distributed
+executors.dask_cluster | _aio asyncio distributed
+executors.dask_worker | {GROUND} _aio executors numpy asyncio distributed
 executors            | {GROUND} _aio nn numpy asyncio threadpoolctl
 inference            | {GROUND} _aio _files nn data.images executors.base executors.worker executors.blas
                      | numpy asyncio PIL safetensors
@@ -125,6 +128,7 @@ def test_nn_knows_no_files_no_clocks_and_no_hidden_generators(module: str) -> No
         ("executors.worker", "asyncio"),
         ("executors.worker", "asynctrain.executors.local"),
         ("executors.local", "asynctrain.train.trainer"),
+        ("executors.local", "distributed"),
         ("inference.classifier", "asynctrain.data"),
         ("train.trainer", "asynctrain.executors.local"),
         ("train.trainer", "asynctrain.data.loader"),

@@ -110,10 +110,17 @@ def _inline(rest: str) -> at.Executor:
     return at.InlineExecutor()
 
 
+def _dask(address: str) -> at.Executor:
+    if address and "://" not in address:
+        raise ValueError("the address of a scheduler is written tcp://HOST:PORT")
+    return at.DaskExecutor(address or None)
+
+
 EXECUTORS: dict[str, tuple[str, Make]] = {  # by what stands before the colon: how it is written, and what makes it
     "inline": ("inline", _inline),
     "threads": ("threads[:N]", _counted(at.ThreadExecutor)),
     "processes": ("processes[:N]", _counted(at.ProcessExecutor)),
+    "dask": ("dask[:tcp://HOST:PORT]", _dask),
 }
 
 

@@ -18,7 +18,7 @@ from asynctrain import nn, optim
 from asynctrain._aio import thread_pool
 from asynctrain.arena import Array
 from asynctrain.errors import ClosedError, StaleParametersError
-from asynctrain.executors import Executor, InlineExecutor, ThreadExecutor
+from asynctrain.executors import DaskExecutor, Executor, InlineExecutor, ThreadExecutor
 from asynctrain.executors.group import ExecutorGroup
 from asynctrain.executors.pool import PoolExecutor
 from asynctrain.executors.process import ProcessExecutor
@@ -27,8 +27,10 @@ from asynctrain.testing import check_executor
 from asynctrain.train.state import TrainState
 from asynctrain.train.step import TrainStep
 from asynctrain.types import Batch, Cursor, ForwardWork, GradientWork, Program
+from tests.executors.dask_clusters import DaskCluster
 
 POOLS: dict[str, futures.Executor] = {}  # while this module's tests run
+DASK: dict[str, str] = {}  # the address of a scheduler, as long
 
 HOMES: dict[str, Callable[[], Executor]] = {
     "inline": InlineExecutor,
@@ -42,6 +44,7 @@ HOMES: dict[str, Callable[[], Executor]] = {
     "a pool of threads": lambda: PoolExecutor(POOLS["threads"], slots=2),
     "a pool of processes": lambda: PoolExecutor(POOLS["processes"], slots=2),
     "two processes": lambda: ProcessExecutor(2),
+    "a Dask cluster": lambda: DaskExecutor(DASK["address"]),
 }
 MODEL = nn.models.lenet(num_classes=10, image_shape=(12, 12, 1))
 PROGRAM = Program(MODEL.to_json(), seed=1)
@@ -53,12 +56,14 @@ WORK = [GradientWork(0, i, 2, IMAGES[8 * i : 8 * i + 8], LABELS[8 * i : 8 * i + 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pools() -> Iterator[None]:
-    """Have pools that are warm before the first test, which is not to be blamed for what they keep."""
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have pools and a cluster that are warm before the first test, which is not to be blamed for what they keep."""
     with (
         futures.ThreadPoolExecutor(2) as threads,
         futures.ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes,
+        DaskCluster(tmp_path_factory.mktemp("dask"), workers=2) as cluster,
     ):
+        DASK["address"] = cluster.address
         POOLS.update(threads=threads, processes=processes)
         for pool in POOLS.values():
             list(pool.map(len, [()] * 8))
