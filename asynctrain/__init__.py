@@ -52,7 +52,7 @@ _LATE = {"callbacks": "asynctrain.train.callbacks", "metrics": "asynctrain.metri
 
 def __getattr__(name: str) -> Any:
     if name == "DaskExecutor":
-        return import_module("asynctrain.executors.dask").DaskExecutor
+        return import_module("asynctrain.executors").DaskExecutor
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(_LATE[name])

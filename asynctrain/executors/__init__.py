@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name != "DaskExecutor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from asynctrain.executors.dask import DaskExecutor
-
+    try:
+        from asynctrain.executors.dask import DaskExecutor
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('DaskExecutor needs Dask: pip install "asynctrain[dask]"', name=error.name) from error
     return DaskExecutor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Set
 from concurrent.futures import CancelledError as Withdrawn
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,8 +15,9 @@ from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
 
 import dask.config
-from distributed import Client, Future, Security
+from distributed import Client, Future, Security, wait
 from distributed.scheduler import KilledWorker
+from distributed.utils_comm import gather_from_workers
 
 from asynctrain._aio import ServingGroup, in_thread
 from asynctrain.arena import Arena
@@ -54,9 +55,12 @@ WORKER_WAIT = 30.0  # seconds
 GONE = (OSError,)  # what a connection raises, broken or silent for too long
 LOST = (Withdrawn, KilledWorker, OSError)  # what Dask raises for work that may be attempted again
 
+PIXELS_GO_ALONG = {"distributed.admin.large-graph-warning-threshold": "1TB"}  # with the task, so that none are lost
+
 ANSWER = 1.0  # seconds, at most, in which a worker that lives answers a ping
 FATAL = 8  # times that the same work was lost with its worker: then it is the work that kills them
 PREPARATION = 120.0  # seconds in which a worker must have imported and compiled what a program needs
+PAUSE = 0.05  # seconds before a result is asked for again that was not where Dask thought
 QUICK = 2**20  # bytes: what is larger is copied off the loop
 RECENT = 31  # durations, the median of which tells what a piece of work takes
 
@@ -140,14 +144,15 @@ class DaskExecutor:
             if self._embeds and self._scheduler is None:
                 cluster = await self._resources.enter_async_context(local_cluster(self._workers))
                 self._scheduler = cluster.scheduler_address
+        client = self._new_client()
         try:
-            client = await self._new_client()
-        except OSError as error:
-            raise WorkerLostError(self._address, f"no Dask scheduler answers: {error}") from error
-        try:
+            try:
+                await client
+            except OSError as error:
+                raise WorkerLostError(self._address, f"no Dask scheduler answers: {error}") from error
             yield client
         finally:
-            await client.close()
+            await client.close(GRACE)
 
     def _new_client(self) -> Client:
         address, security, direct = self._scheduler, self._security, self._embeds or None
@@ -274,6 +279,7 @@ class _DaskSession:
         self.name = f"asynctrain-{uuid4().hex[:12]}"
         self.numbers = count()
         self.workers: dict[str, _Worker] = {}
+        self.at_work: set[Future[Any]] = set()  # whose results are awaited
         self.computing = _Usual(patience)
         self.fingerprint: Mapping[str, str] = {}
         self._sending = _Usual(patience)
@@ -286,7 +292,6 @@ class _DaskSession:
         self._refused: dict[str, Exception] = {}
         self._published: _Published | None = None
         self._changed = asyncio.Event()
-        self.ended = asyncio.get_running_loop().create_future()
         self._closed = False
 
     @property
@@ -298,12 +303,17 @@ class _DaskSession:
     async def begin(self) -> None:
         """Learn which workers there are, and hear of all changes from now on."""
         self.client.subscribe_topic("all", self._hear)
-        for address in await self.asked(self.client.nthreads(), self._worker_wait):
+        try:
+            addresses = await self.asked(self.client.nthreads(), self._worker_wait)
+        except GONE as error:
+            raise WorkerLostError(self.address, f"the Dask scheduler does not answer: {error}") from error
+        for address in addresses:
             self._meet(address)
         await self._until(lambda: bool(self._refused or self.workers) and not self._expected, self._worker_wait)
         for refusal in self._refused.values():
             raise refusal
-        await self.somebody()
+        if not self.workers:
+            raise self._alone()
 
     def _hear(self, event: tuple[float, Any]) -> None:
         """Take what the scheduler tells of its workers; called by Dask on the loop."""
@@ -369,16 +379,20 @@ class _DaskSession:
         everyone = not self._refused and not self._expected and len(usable) == len(self.workers)
         return None if everyone else usable
 
-    async def examine(self, addresses: Collection[str]) -> None:
-        """Doubt those of the workers at ``addresses`` that do not answer."""
-        in_question = [self.workers[address] for address in addresses if address in self.workers]
-        await asyncio.gather(*(self._examine(worker) for worker in in_question if not worker.doubted))
+    async def examine(self, addresses: Set[str]) -> None:
+        """Ask the workers at ``addresses`` for a sign of life; doubt those that give none."""
+        async with asyncio.TaskGroup() as tasks:
+            for address in addresses & self.workers.keys():
+                if not self.workers[address].doubted:
+                    tasks.create_task(self._examine(self.workers[address]), name=f"ping of {address}")
 
     async def _examine(self, worker: _Worker) -> None:
         try:
             await self.run_at(worker.address, min(ANSWER, self.computing.limit), dask_worker.ping)
         except GONE:
-            self._doubt(worker)
+            if not worker.doubted:
+                self._doubt(worker)
+                self.renew(self._published)  # lest Dask lets another worker fetch the parameters from this one
 
     def _doubt(self, worker: _Worker) -> None:
         worker.doubted = True
@@ -393,8 +407,12 @@ class _DaskSession:
 
     async def somebody(self) -> None:
         """Wait until there is a worker."""
-        if not await self._until(lambda: bool(self.workers), self._worker_wait):
-            raise WorkerLostError(self.address, f"there was no worker for {self._worker_wait:g} s")
+        if not await self._until(lambda: self._closed or bool(self.workers), self._worker_wait):
+            raise self._alone()
+        self._require_open()
+
+    def _alone(self) -> WorkerLostError:
+        return WorkerLostError(self.address, f"there was no worker for {self._worker_wait:g} s")
 
     # Parameters
 
@@ -403,7 +421,7 @@ class _DaskSession:
 
         Raises ``WorkerLostError`` where no worker took them for ``worker_wait`` seconds.
         """
-        self.require_open()
+        self._require_open()
         await self.somebody()
         edition = Edition(self.name, self._program, self.fingerprint, Packed.of(params), Packed.of(model_state))
         self._publish(version, edition)
@@ -419,9 +437,9 @@ class _DaskSession:
         for worker in self.workers.values():
             self._send_to(worker)
 
-    def renew(self, lost: _Published) -> None:
-        """Send the parameters again, under another key, for those workers that had them are gone."""
-        if lost is self._published:
+    def renew(self, lost: _Published | None) -> None:
+        """Send the parameters again, under another key: those workers that had them are gone, or as good as gone."""
+        if lost is not None and lost is self._published:
             self._publish(lost.version, lost.edition)
 
     def _is_everywhere(self) -> bool:
@@ -429,14 +447,17 @@ class _DaskSession:
         return holders.issuperset(worker.address for worker in self.usable())
 
     async def held(self) -> _Published:
-        """Return what was published last, once a worker has it."""
+        """Return what was published last, once a worker has it; where all that had it are gone, it is sent again."""
+        lost = self._published
+        if lost is not None and lost.futures and all(future.status != "finished" for future in lost.futures):
+            self.renew(lost)
 
         def is_held() -> bool:
             return self._closed or (self._published is not None and bool(self._published.futures))
 
         if not await self._until(is_held, self._worker_wait):
             raise WorkerLostError(self.address, f"no worker took the parameters within {self._worker_wait:g} s")
-        self.require_open()
+        self._require_open()
         if self._published is None:
             raise StaleParametersError(self.address, None, 0)
         return self._published
@@ -496,6 +517,11 @@ class _DaskSession:
                 return result
         raise ClosedError(f"the session on {self.address} was closed while this was computed")
 
+    def let_go(self, future: Future[Any]) -> None:
+        """Have no more use for a result: where it is not begun it will not be, where it is there it is forgotten."""
+        self.at_work.discard(future)
+        future.release()
+
     def _gradients(self, summed: Summed) -> GradientResult:
         gradients, statistics = self._layouts
         return GradientResult(
@@ -504,7 +530,7 @@ class _DaskSession:
 
     def require(self, version: int) -> None:
         """Raise ``StaleParametersError`` where other parameters than those of ``version`` were broadcast last."""
-        self.require_open()
+        self._require_open()
         have = self._published.version if self._published else None
         if have != version:
             raise StaleParametersError(self.address, have, version)
@@ -516,20 +542,24 @@ class _DaskSession:
         if self._closed:
             return
         self._closed = True
-        self.ended.set_result(None)
         self._notify()
         if self.client.status == "running":
-            self.client.unsubscribe_topic("all")
-        await asyncio.gather(*(self._left(worker, grace) for worker in self.usable() if not worker.doubted))
+            with suppress(ValueError):  # it has not begun
+                self.client.unsubscribe_topic("all")  # or the scheduler would tell a closed client that it has gone
+            with suppress(*LOST):
+                await self.asked(self.client.cancel(list(self.at_work)), grace)
+        async with asyncio.TaskGroup() as tasks:
+            for worker in self.workers.values():
+                if not worker.doubted:
+                    tasks.create_task(self._left(worker, grace), name=f"leave-taking of {worker.address}")
         if self._published is not None:
             self._published.release()
 
     async def _left(self, worker: _Worker, grace: float) -> None:
-        with suppress(*GONE):
+        with suppress(*GONE, ExecutorError):
             await self.run_at(worker.address, grace, dask_worker.leave, self.name, self._program, grace)
 
-    def require_open(self) -> None:
-        """Raise ``ClosedError`` where it was left."""
+    def _require_open(self) -> None:
         if self._closed:
             raise ClosedError(f"the session on {self.address} is closed")
 
@@ -569,6 +599,14 @@ class _DaskSession:
         return f"<{type(self).__name__} on {self.address}, {len(self.workers)} workers, version {version}>"
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Attempt:
+    """A go at a piece of work. permitted: the workers that may take it; None for all of Dask's."""
+
+    future: Future[Any]
+    permitted: list[str] | None
+
+
 class _Errand:
     """One piece of work, attempted by as many workers as it takes until the first has a result."""
 
@@ -576,67 +614,89 @@ class _Errand:
         self._session = session
         self._work = work
         self._version = version
-        self._attempts: dict[asyncio.Task[Outcome | None], Future[Any]] = {}
+        self._attempts: dict[asyncio.Task[Outcome | None], _Attempt] = {}
         self._avoided: set[str] = set()  # who has let this work wait
         self._losses = 0
 
     async def outcome(self) -> Outcome:
         """Return the first result; what others compute of the same is released."""
         async with ServingGroup() as tasks:
-            try:
-                while True:
-                    if not self._attempts:
-                        await self._begin(tasks)
-                    done, _ = await asyncio.wait(
-                        {*self._attempts, self._session.ended},
-                        timeout=self._session.computing.limit,
-                        return_when=asyncio.FIRST_COMPLETED,
-                    )
-                    self._session.require_open()
-                    for task in self._attempts.keys() & done:
-                        del self._attempts[task]
-                        if (outcome := task.result()) is not None:
-                            return outcome
-                    if not done:
-                        await self._begin_elsewhere(tasks)
-            finally:
-                for future in self._attempts.values():
-                    future.release()
+            while True:
+                if not self._attempts:
+                    await self._begin(tasks)
+                limit = self._session.computing.limit
+                done, _ = await asyncio.wait(self._attempts, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del self._attempts[task]
+                    if (outcome := task.result()) is not None:
+                        return outcome
+                if not done:
+                    await self._begin_elsewhere(tasks)
 
     async def _begin(self, tasks: ServingGroup) -> None:
-        await self._session.somebody()
-        published = await self._session.held()
-        self._session.require(self._version)
-        with dask.config.set(
-            {"distributed.admin.large-graph-warning-threshold": "1TB"}
-        ):  # pixels are meant to go along
-            future = self._session.client.submit(
+        session = self._session
+        await session.somebody()
+        published = await session.held()
+        session.require(self._version)
+        if session.permitted(self._avoided) == []:
+            self._avoided.clear()
+        permitted = session.permitted(self._avoided) or None
+        with dask.config.set(PIXELS_GO_ALONG):
+            future = session.client.submit(
                 dask_worker.compute,
                 published.futures[0],
                 self._work,
-                key=f"{self._session.name}-{next(self._session.numbers)}",
-                workers=self._session.permitted(self._avoided),
+                key=f"{session.name}-{next(session.numbers)}",
+                workers=permitted,
                 pure=False,
             )
-        self._attempts[tasks.create_task(self._attempt(future, published), name=f"work-{future.key}")] = future
+        session.at_work.add(future)
+        task = tasks.create_task(self._attempt(future), name=f"attempt {future.key}")
+        task.add_done_callback(lambda _: session.let_go(future))
+        self._attempts[task] = _Attempt(future, permitted)
 
-    async def _attempt(self, future: Future[Any], published: _Published) -> Outcome | None:
+    async def _attempt(self, future: Future[Any]) -> Outcome | None:
         """Return what came of ``future``; None where it was lost and is to be attempted again."""
         session = self._session
         try:
-            outcome: Outcome = await future
+            outcome = await self._fetched(future)
         except Exception as error:
-            await self._lost(error, published)
+            await self._lost(error)
             return None
-        finally:
-            future.release()
         if isinstance(outcome.value, Foreign):
             session.refuse(outcome.address, outcome.value.error)
             return None
         session.trust(outcome.address)
         return outcome
 
-    async def _lost(self, error: Exception, published: _Published) -> None:
+    async def _fetched(self, future: Future[Any]) -> Outcome:
+        """Return the result of ``future``, as soon as one of those that may have it hands it over.
+
+        Not by Dask's ``gather``: that asks for several keys at once, so that all wait for a worker that is frozen, and
+        are cancelled where one is; and it allows five of such waits.
+        """
+        patience = self._session.computing.limit
+        while True:
+            await wait([future])
+            if future.status == "error":
+                raise await future.exception()
+            with suppress(TimeoutError):  # its worker died, perhaps: Dask computes it again
+                if (outcome := await self._session.asked(self._handed_over(future.key), patience)) is not None:
+                    return outcome
+                await asyncio.sleep(PAUSE)
+            patience *= 2  # or its way is long
+
+    async def _handed_over(self, key: Any) -> Outcome | None:
+        """Return the result that Dask knows by ``key``; None where nobody has it."""
+        client = self._session.client
+        if client.direct_to_workers:
+            data, *_ = await gather_from_workers(await client.scheduler.who_has(keys=[key]), client.rpc)
+        else:
+            data = (await client.scheduler.gather(keys=[key])).get("data", {})
+        outcome: Outcome | None = data.get(key)
+        return outcome
+
+    async def _lost(self, error: Exception) -> None:
         session = self._session
         session.require(self._version)
         if session.client.status != "running":
@@ -646,34 +706,40 @@ class _Errand:
         self._losses += 1
         if self._losses >= FATAL:
             raise ExecutorError(session.address, f"the work was lost {FATAL} times with its worker") from error
-        if all(future.status != "finished" for future in published.futures):
-            session.renew(published)
 
     async def _begin_elsewhere(self, tasks: ServingGroup) -> None:
         """Give the work, which is late, to a worker that has not let it wait, if there is one."""
         session = self._session
+        await session.somebody()
         with suppress(*LOST):
             places = await session.asked(self._whereabouts(), ANSWER)
-            culprits = set(places.values()) - self._avoided
-            await session.examine(culprits)
-            self._avoided |= culprits
-            is_placed = self._attempts and len(places) == len(self._attempts)
-            if session.permitted(self._avoided) == [] or (is_placed and not culprits):
+            late = set(places.values())
+            await session.examine(late - self._avoided)
+            self._avoided |= late
+            if session.permitted(self._avoided) == [] or self._is_awaited_elsewhere(places):
                 return
-            for culprit in sorted(culprits):
-                session.tell(self._speculated(culprit))
+            for address in sorted(late):
+                session.tell(self._speculated(address))
             await self._begin(tasks)
+
+    def _is_awaited_elsewhere(self, places: Mapping[Any, str]) -> bool:
+        """Return whether an attempt that is at none of the ``places`` yet may still come to one."""
+        return any(
+            attempt.future.key not in places
+            and attempt.future.status in ("pending", "finished")
+            and (attempt.permitted is None or not self._session.workers.keys().isdisjoint(attempt.permitted))
+            for attempt in self._attempts.values()
+        )
 
     async def _whereabouts(self) -> dict[str, str]:
         """Return the address of the worker that computes each attempt, or has its result."""
-        client, futures = self._session.client, list(self._attempts.values())
+        client, futures = self._session.client, [attempt.future for attempt in self._attempts.values()]
         keys = {future.key for future in futures}
         places = {key: holders[0] for key, holders in (await client.who_has(futures)).items() if holders}
         for address, at_work in (await client.processing()).items():
             places.update(dict.fromkeys(keys.intersection(at_work), address))
         return places
 
-    def _speculated(self, culprit: str) -> Speculated:
-        if isinstance(self._work, ForwardWork):
-            return Speculated(self._session.address, culprit, self._version, None)
-        return Speculated(self._session.address, culprit, self._work.step, self._work.microbatch)
+    def _speculated(self, late: str) -> Speculated:
+        microbatch = self._work.microbatch if isinstance(self._work, GradientWork) else None
+        return Speculated(self._session.address, late, self._version, microbatch)

@@ -18,11 +18,13 @@ from typing import Any
 
 from distributed import Scheduler, SpecCluster
 from distributed.deploy.subprocess import SubprocessWorker
+from distributed.utils import silence_logging_cmgr
 
 from asynctrain._aio import in_thread
 
 HOST = "127.0.0.1"
 QUIET = logging.CRITICAL  # workers that are lost are told as events; Dask's log would tell it once more
+FAREWELL = 0.02  # seconds in which the scheduler takes note of connections that are closed
 SILENCE = 30.0  # seconds after which Dask restarts a worker that says nothing: five minutes is for large clusters
 
 
@@ -74,9 +76,15 @@ async def local_cluster(workers: int) -> AsyncIterator[Any]:
                 name: {"cls": _Worker, "options": {"folder": folder.name, "name": name}} for name in range(workers)
             },
             asynchronous=True,
-            silence_logs=QUIET,
+            silence_logs=False,  # as that would speak again before the last connection has gone
         )
-        async with cluster:
-            yield cluster
+        with silence_logging_cmgr(QUIET):
+            try:
+                yield await cluster  # Dask's own ``async with`` would leave it there when it is cancelled meanwhile
+            finally:
+                await asyncio.gather(*(worker.close() for worker in cluster.workers.values()))
+                await asyncio.sleep(FAREWELL)  # before the scheduler closes: it fails on what it still connects to
+                await cluster.close()
+            await asyncio.sleep(FAREWELL)
     finally:
         await in_thread(folder.cleanup)

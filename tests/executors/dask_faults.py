@@ -68,9 +68,7 @@ async def train(
     images = rng.integers(0, 256, (STEPS * BATCH, SIDE, SIDE, 1), dtype=np.uint8)
     data = at.ArrayDataset(images, rng.integers(0, CLASSES, STEPS * BATCH))
     loader = at.Loader(data, batch_size=BATCH, image_size=(SIDE, SIDE), channels=1, seed=2)
-    trainer = at.Trainer(
-        MODEL, optimizer=at.optim.adamw(0.01), executor=executor, microbatch=MICROBATCH, seed=3
-    )
+    trainer = at.Trainer(MODEL, optimizer=at.optim.adamw(0.01), executor=executor, microbatch=MICROBATCH, seed=3)
     seen = []
     async with trainer.start(loader, epochs=1) as run, asyncio.TaskGroup() as group:
         async for event in run:
@@ -98,7 +96,7 @@ async def _happen(cluster: DaskCluster, fault: Fault) -> None:
         await asyncio.sleep(SLOW)
         worker.send_signal(signal.SIGCONT)
     else:
-        await in_thread(cluster.add_worker)
+        cluster.add_worker()
 
 
 async def undisturbed() -> str:
@@ -114,7 +112,7 @@ async def hold(plan: Schedule, folder: Path) -> Counter[str]:
     await in_thread(cluster.__enter__)
     try:
         async with at.DaskExecutor(cluster.address, patience=PATIENCE) as executor:
-            async with asyncio.timeout(90):
+            async with asyncio.timeout(60):
                 assert await train(executor, told, cluster, plan) == await undisturbed(), plan
     finally:
         await in_thread(cluster.__exit__, None, None, None)

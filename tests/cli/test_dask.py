@@ -1,0 +1,37 @@
+"""``--executor dask``: the same digest, on workers that the command starts and on a cluster that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from distributed.utils import _offload_executor
+
+from tests.cli.conftest import AsynctrainCommand
+from tests.executors.dask_clusters import DaskCluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offload() -> None:
+    """Have the thread that Dask keeps for the life of the process."""
+    _offload_executor.submit(len, "").result()
+
+
+@pytest.mark.timeout(180)
+def test_dask_gives_the_digest_of_threads(asynctrain: AsynctrainCommand, image_folder: Path, tmp_path: Path) -> None:
+    def digest(name: str, executor: str) -> str:
+        fixed = ["--epochs", 2, "--batch-size", 16, "--microbatch", 4, "--out", tmp_path / name, "--json"]
+        return str(asynctrain("train", image_folder, *fixed, "--executor", executor).json["digest"])
+
+    expected = digest("threads", "threads:2")
+    assert digest("own workers", "dask") == expected
+    with DaskCluster(tmp_path, workers=2) as cluster:
+        assert digest("a cluster", f"dask:{cluster.address}") == expected
+
+
+def test_a_cluster_that_is_not_there_is_told_in_one_sentence(
+    asynctrain: AsynctrainCommand, image_folder: Path, tmp_path: Path
+) -> None:
+    called = asynctrain("train", image_folder, "--out", tmp_path / "run", "--executor", "dask:127.0.0.1:8786")
+    assert called.code == 2
+    assert "dask[:tcp://HOST:PORT]" in called.stderr
