@@ -35,6 +35,8 @@ from asynctrain.executors.dask_worker import Edition, Failed, Foreign, Introduct
 from asynctrain.executors.fingerprint import require_same
 from asynctrain.executors.ledger import Patience
 from asynctrain.executors.local import GRACE, usable_cpus
+from asynctrain.executors.process import importable
+from asynctrain.nn.layers.base import modules_of
 from asynctrain.nn.model import Model
 from asynctrain.types import (
     ForwardResult,
@@ -283,7 +285,8 @@ class _DaskSession:
         self.computing = _Usual(patience)
         self.fingerprint: Mapping[str, str] = {}
         self._sending = _Usual(patience)
-        self._program = json.dumps(program.to_json())
+        modules = importable(modules_of(program.architecture))
+        self._program = json.dumps({"modules": modules, "program": program.to_json()})
         model = Model.from_json(program.architecture)
         self._layouts = model.layout(program.dtype), model.statistics_layout
         self._tasks = tasks

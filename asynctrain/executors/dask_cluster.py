@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ from distributed.deploy.subprocess import SubprocessWorker
 from distributed.utils import silence_logging_cmgr
 
 from asynctrain._aio import in_thread
+from asynctrain.executors.worker_process import environment
 
 HOST = "127.0.0.1"
 QUIET = logging.CRITICAL  # workers that are lost are told as events; Dask's log would tell it once more
@@ -49,7 +49,7 @@ class _Worker(SubprocessWorker):
             *(sys.executable, "-m", "dask", "spec", self.scheduler, "--spec", specification),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,  # that of the program is for its own results
-            env=os.environ | {"DASK_LOGGING__DISTRIBUTED": logging.getLevelName(QUIET).lower()},
+            env=environment() | {"DASK_LOGGING__DISTRIBUTED": logging.getLevelName(QUIET).lower()},
             start_new_session=True,  # Ctrl-C is for the program, which ends its workers itself
         )
 

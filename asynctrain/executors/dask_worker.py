@@ -11,6 +11,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -140,8 +141,15 @@ class _Place:
     running: dict[StopFlag, str] = field(default_factory=dict)
 
     @classmethod
-    def ready(cls, program: Program) -> _Place:
-        """Return a place whose first work finds everything imported and compiled; this may take seconds."""
+    def ready(cls, text: str) -> _Place:
+        """Return a place whose first work finds everything imported and compiled; this may take seconds.
+
+        The text is JSON: the program, and the modules that register layers of its own.
+        """
+        told = json.loads(text)
+        for module in told["modules"]:
+            import_module(module)
+        program = Program.from_json(told["program"])
         worker = GradientWorker(program)
         worker.warm_up()
         return cls(worker, numeric_fingerprint(program.kernels), find_blas())
@@ -159,7 +167,7 @@ def _place_for(program: str, session: str) -> _Place:
         if session in _left:
             raise Stopped
         if program not in _places:
-            _places[program] = _Place.ready(Program.from_json(json.loads(program)))
+            _places[program] = _Place.ready(program)
         _places.move_to_end(program)
         while len(_places) > KEPT:
             _places.popitem(last=False)

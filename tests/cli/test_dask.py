@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from distributed.utils import _offload_executor
 
 from tests.cli.conftest import AsynctrainCommand
 from tests.executors.dask_clusters import DaskCluster
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offload() -> None:
-    """Have the thread that Dask keeps for the life of the process."""
-    _offload_executor.submit(len, "").result()
 
 
 @pytest.mark.timeout(180)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, Security
-from distributed.utils import _offload_executor
 
 import asynctrain as at
 from asynctrain import nn
@@ -26,6 +25,7 @@ from asynctrain.executors.ledger import Patience
 from asynctrain.types import GradientResult, GradientWork, Notice, Program, Speculated, WorkerJoined, WorkerLost
 from tests.executors.dask_clusters import HOST, ROOT, DaskCluster
 from tests.executors.dask_faults import hold, schedule
+from tests.executors.process_layers import Counting
 from tests.executors.schedules import train, undisturbed
 
 pytestmark = pytest.mark.timeout(120)
@@ -38,12 +38,6 @@ IMAGES, LABELS = RNG.integers(0, 256, (16, 28, 28, 1), dtype=np.uint8), RNG.inte
 WORK = [GradientWork(0, i, 2, IMAGES[8 * i : 8 * i + 8], LABELS[8 * i : 8 * i + 8]) for i in range(2)]
 FOREIGN = {"OPENBLAS_CORETYPE": "Nehalem"}  # other kernels, other bits
 GONE = 20.0  # seconds in which workers have noticed that the program is no more
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offload() -> None:
-    """Have the thread that Dask keeps for the life of the process."""
-    _offload_executor.submit(len, "").result()
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +146,17 @@ async def test_a_client_of_the_callers_own_stays_the_callers(steady: DaskCluster
         async with at.DaskExecutor(client=client) as executor:
             assert (await train(executor)).digest == undisturbed()
         assert await client.submit(len, "dask") == 4
+
+
+async def test_layers_of_ones_own_are_imported_there(steady: DaskCluster, tmp_path: Path) -> None:
+    model = nn.Model([Counting(folder=str(tmp_path)), nn.Flatten(), nn.Dense(10)], (28, 28, 1))
+    async with (
+        at.DaskExecutor(steady.address) as executor,
+        executor.open(Program(model.to_json())) as session,
+    ):
+        await session.broadcast(model.init(0), {}, 0)
+        await asyncio.gather(*(session.compute(work, 0) for work in WORK))
+    assert (tmp_path / "count").read_text() == ".."
 
 
 async def test_what_is_queued_when_a_session_is_left_is_not_computed(steady: DaskCluster) -> None:
