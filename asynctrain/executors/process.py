@@ -441,6 +441,11 @@ class ProcessExecutor:
         self._closing = asyncio.Event()
         self._grace = LEAVING
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process numbers of the workers that are there."""
+        return tuple(worker.pid for worker in self._present)
+
     @asynccontextmanager
     async def open(self, program: Program, tell: Tell = nobody) -> AsyncIterator[Session]:
         """Open a session for ``program``; leaving it stops its work and waits for the kernels under way.

@@ -35,7 +35,8 @@ class WorkerProcess:
     """One worker process: what is sent to it and what it answers. Nothing here blocks."""
 
     def __init__(self, started: Started, heartbeat: float) -> None:
-        self.address = f"process {started.process.pid}"
+        self.pid = started.process.pid
+        self.address = f"process {self.pid}"
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # and why
         self._loop = asyncio.get_running_loop()

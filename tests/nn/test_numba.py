@@ -16,22 +16,24 @@ import pytest
 
 pytest.importorskip("numba", reason="numba is not installed: it is an extra")
 
+from numba import njit
+
 from asynctrain import nn
-from asynctrain.arena import Array
+from asynctrain.arena import Arena, Array
 from asynctrain.executors import InlineExecutor, ThreadExecutor
 from asynctrain.executors.fingerprint import numeric_fingerprint
 from asynctrain.executors.worker import GradientWorker, StopFlag
 from asynctrain.nn.kernels import backend, winograd
 from asynctrain.nn.kernels import pool as reference_pool
 from asynctrain.nn.kernels.backend import NUMPY, Kernels
-from asynctrain.nn.kernels.compiled import NUMBA, activations, conv, depthwise, norm, pool
+from asynctrain.nn.kernels.compiled import NUMBA, activations, conv, depthwise, lanes, norm, pool, pooled
 from asynctrain.nn.kernels.compiled import winograd as compiled_winograd
 from asynctrain.nn.kernels.compiled.jit import compiled
 from asynctrain.nn.kernels.pool import Span
 from asynctrain.testing import check_gradients
-from asynctrain.types import ForwardWork, GradientWork, Program
+from asynctrain.types import ForwardWork, GradientWork, Params, Program
 
-MODULES: tuple[ModuleType, ...] = (activations, conv, depthwise, norm, pool, compiled_winograd)
+MODULES: tuple[ModuleType, ...] = (activations, conv, depthwise, norm, pool, pooled, compiled_winograd)
 TOLERANCE = 1e-5  # relative to the largest
 SHAPES = [(7, 3), (4096, 16), (1000, 300), (30000, 1), (1, 5), (129, 64)]
 
@@ -131,6 +133,32 @@ def test_max_pooling_and_its_derivative_are_numpys_also_where_there_are_ties(
     close(dx, dx_of_numpy)
 
 
+def by_blocks(a: Array, b: Array, c: Array, rows: int, columns: int, depth: int, more: bool) -> None:
+    """Multiply a transposed (depth, rows) by b (depth, columns) into the middle of c."""
+    lanes.multiply(
+        (a, 0, 1, rows), (b, 0, columns, 1), (c, 2 * c.shape[1] + 3, c.shape[1], 1), rows, columns, depth, more
+    )
+
+
+multiplied: Any = njit(by_blocks)  # not kept on disk, where it would outlive a change in lanes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 23])
+@pytest.mark.parametrize("columns", [16, 32, 48, 64])
+def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(rows: int, columns: int, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    for depth, more in product((0, 1, 5), (False, True)):
+        a: Array = rng.standard_normal((depth, rows)).astype(dtype)
+        b: Array = rng.standard_normal((depth, columns)).astype(dtype)
+        c: Array = rng.standard_normal((rows + 4, columns + 8)).astype(dtype)
+        expected = c.astype(np.float64)
+        place = expected[2 : rows + 2, 3 : columns + 3]
+        place[...] = a.T.astype(np.float64) @ b.astype(np.float64) + (place if more else 0)
+        multiplied(a, b, c, rows, columns, depth, more)
+        close(c, expected)
+
+
 def winograd_parts(kernels: Kernels, x: Array, dy: Array, weight: Array, bias: Array, keep: bool) -> list[Array]:
     """Return y, dx and dweight of a convolution with padding 1."""
     C, F = weight.shape[2:]
@@ -204,37 +232,87 @@ CONVOLUTIONS = [
 ]
 
 
+def count_calls(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, Counted]:
+    """Count the calls of the module's own kernels from Python."""
+    module.warm_up(np.dtype(np.float32))  # before what kernels call is no kernel any more
+    counted = {
+        name: Counted(value)
+        for name, value in vars(module).items()
+        if name.startswith("_") and hasattr(value, "py_func")
+    }
+    for name, kernel in counted.items():
+        monkeypatch.setattr(module, name, kernel)
+    return counted
+
+
+def passed(model: nn.Model, params: Arena, samples: int, kernels: Kernels, dtype: type) -> list[Array]:
+    """Return y, dx and all weight gradients."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((samples, *model.input_shape)).astype(np.float32)
+    dy = rng.standard_normal((samples, *model.output_shape)).astype(np.float32)
+    typed: Params = {name: array.astype(dtype) for name, array in params.items()}
+    gradients = model.layout(dtype).empty()
+    scope = nn.Scope(nn.Workspace(), train=True, gradients=gradients, kernels=kernels)
+    y, saved = model.forward(typed, x.astype(dtype), scope)
+    y = y.copy()
+    dx = model.root.backward(typed, saved, dy.astype(dtype), scope)
+    assert dx is not None
+    return [y, dx, *gradients.values()]
+
+
 @pytest.mark.parametrize(("layer", "shape", "used"), CONVOLUTIONS, ids=str)
 def test_convolutions_without_tiles_are_those_of_numpy_in_float64(
     layer: nn.Conv2D, shape: tuple[int, ...], used: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = depthwise if layer.groups == layer.filters else conv
-    counted = {
-        name: Counted(value)
-        for name, value in vars(module).items()
-        if name.startswith("_") and hasattr(value, "py_func")  # the module's own, called from Python
-    }
-    for name, kernel in counted.items():
-        monkeypatch.setattr(module, name, kernel)
+    counted = count_calls(depthwise if layer.groups == layer.filters else conv, monkeypatch)
     model = nn.Model([layer], shape)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((3, *shape)).astype(np.float32)
-    dy = rng.standard_normal((3, *model.output_shape)).astype(np.float32)
     params = model.init(0)
-    params["conv1/bias"][...] = rng.standard_normal(layer.filters)
-    parts = []
-    for kernels, dtype in ((NUMBA, np.float32), (NUMPY, np.float64)):
-        gradients = model.layout(dtype).empty()
-        scope = nn.Scope(nn.Workspace(), train=True, gradients=gradients, kernels=kernels)
-        typed = {name: array.astype(dtype) for name, array in params.items()}
-        y, saved = model.forward(typed, x.astype(dtype), scope)
-        y = y.copy()
-        dx = model.root.backward(typed, saved, dy.astype(dtype), scope)
-        assert dx is not None
-        parts.append([y, dx, *gradients.values()])
-    for found, expected in zip(*parts, strict=True):
+    params["conv1/bias"][...] = np.random.default_rng(1).standard_normal(layer.filters)
+    for found, expected in zip(
+        passed(model, params, 3, NUMBA, np.float32), passed(model, params, 3, NUMPY, np.float64), strict=True
+    ):
         close(found, expected)
     assert {name for name, kernel in counted.items() if kernel.calls} == used
+
+
+@pytest.mark.parametrize(("samples", "calls"), [(16, 2), (48, 2), (5, 0)])  # the last are left to numpy
+@pytest.mark.parametrize("rectify", [False, True])
+def test_pooled_convolutions_are_those_of_numpy_in_float64(
+    samples: int, calls: int, rectify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = count_calls(pooled, monkeypatch)
+    relu = [nn.ReLU()] if rectify else []
+    first, second = nn.Conv2D(6, (5, 4)), nn.Conv2D(5, 5, padding="valid", use_bias=False)
+    model = nn.Model([first, *relu, nn.MaxPool2D(2), second, *relu, nn.MaxPool2D((2, 1))], (15, 13, 1))
+    params = model.init(0)
+    params["conv1/bias"][...] = np.random.default_rng(1).standard_normal(6)
+    found, expected = (passed(model, params, samples, *by) for by in ((NUMBA, np.float32), (NUMPY, np.float64)))
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
+    assert {name: kernel.calls for name, kernel in counted.items() if kernel.calls} == dict.fromkeys(
+        ("_correlate", "_spread_maxima", "_correlate_backward_input") if calls else (), calls
+    )
+
+
+def test_of_equal_outputs_under_a_window_the_first_takes_the_gradient_as_with_numpy() -> None:
+    model = nn.Model([nn.Conv2D(3, 2, padding="valid"), nn.MaxPool2D(2)], (7, 7, 1))
+    params = model.init(0)
+    params["conv1/weight"][...] = 0  # all outputs are
+    found, expected = (passed(model, params, 16, kernels, np.float32) for kernels in (NUMBA, NUMPY))
+    assert np.abs(expected[2]).max() > 1  # a tie handed to another pixel would show here
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_nan_under_a_pooling_window_is_its_maximum(place: int) -> None:
+    model = nn.Model([nn.Conv2D(1, 1, use_bias=False), nn.ReLU(), nn.MaxPool2D(2)], (2, 2, 1))
+    x = np.arange(4 * 16, dtype=np.float32).reshape(16, 2, 2, 1)
+    x[3, place // 2, place % 2] = np.nan
+    params = model.init(0)
+    params["conv1/weight"][...] = 1
+    y, _ = model.forward(params, x, nn.Scope(nn.Workspace(), train=True, kernels=NUMBA))
+    assert np.flatnonzero(np.isnan(y)).tolist() == [3]
 
 
 LAYERS = [

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy.typing as npt
 
-from asynctrain.nn.kernels import activations, conv, depthwise, norm, pool, winograd
+from asynctrain.nn.kernels import activations, conv, depthwise, norm, pool, pooled, winograd
 
 NAMES = ("numpy", "numba")
 
@@ -44,6 +44,10 @@ class Kernels:
     winograd_correlate = staticmethod(winograd.correlate)
     winograd_correlate_backward_input = staticmethod(winograd.correlate_backward_input)
     winograd_correlate_backward_params = staticmethod(winograd.correlate_backward_params)
+
+    pooled_correlate = staticmethod(pooled.correlate)
+    pooled_spread_maxima = staticmethod(pooled.spread_maxima)
+    pooled_correlate_backward_input = staticmethod(pooled.correlate_backward_input)
 
     max_pool = staticmethod(pool.max_pool)
     max_pool_backward = staticmethod(pool.max_pool_backward)

@@ -148,7 +148,7 @@ class PooledConv2D(Layer):
             scope.empty("top", plan.top, x.dtype),
             y,
         )
-        pooled.correlate(
+        scope.kernels.pooled_correlate(
             self._planes(x, plan, corner, scope),
             matrix,
             plan,
@@ -166,7 +166,7 @@ class PooledConv2D(Layer):
         """Each dy goes to its maximum first: weight and input gradients both come from there."""
         scope.check()
         plan = saved.plan
-        pooled.spread_maxima(
+        scope.kernels.pooled_spread_maxima(
             saved.slices,
             saved.ridges,
             saved.top,
@@ -180,7 +180,7 @@ class PooledConv2D(Layer):
     def backward_input(self, params: Params, saved: _Seen, dy: Array, scope: Scope) -> Array:
         """That of the convolution, for the gradient of its outputs."""
         plan, (top, left), (_, H, W, _) = saved.plan, saved.corner, saved.shape
-        dplanes = pooled.correlate_backward_input(
+        dplanes = scope.kernels.pooled_correlate_backward_input(
             saved.matrix,
             saved.slices,
             plan,

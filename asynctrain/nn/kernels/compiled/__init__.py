@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asynctrain.nn.kernels.backend import Kernels
-from asynctrain.nn.kernels.compiled import activations, conv, depthwise, norm, pool, winograd
+from asynctrain.nn.kernels.compiled import activations, conv, depthwise, norm, pool, pooled, winograd
 
 
 class NumbaKernels(Kernels):
@@ -45,12 +45,16 @@ class NumbaKernels(Kernels):
     winograd_correlate_backward_input = staticmethod(winograd.correlate_backward_input)
     winograd_correlate_backward_params = staticmethod(winograd.correlate_backward_params)
 
+    pooled_correlate = staticmethod(pooled.correlate)
+    pooled_spread_maxima = staticmethod(pooled.spread_maxima)
+    pooled_correlate_backward_input = staticmethod(pooled.correlate_backward_input)
+
     max_pool = staticmethod(pool.max_pool)
     max_pool_backward = staticmethod(pool.max_pool_backward)
 
     def warm_up(self, dtype: npt.DTypeLike) -> None:
         """Compile all kernels for arrays of ``dtype``, or read them from the cache."""
-        for module in (activations, norm, conv, depthwise, winograd, pool):
+        for module in (activations, norm, conv, depthwise, winograd, pool, pooled):
             module.warm_up(np.dtype(dtype))
 
 

@@ -121,6 +121,40 @@ def spread(_: Any, number: Any) -> Any:
     return Lanes(number)(number), generate
 
 
+@intrinsic
+def larger(_: Any, a: Any, b: Any) -> Any:
+    """Return the larger of each two; a NaN is larger than all."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        x, y = arguments
+        return builder.select(builder.or_(builder.fcmp_ordered(">", x, y), builder.fcmp_unordered("uno", x, x)), x, y)
+
+    return a(a, b), generate
+
+
+@intrinsic
+def where_equal(_: Any, a: Any, b: Any, value: Any) -> Any:
+    """Return ``value`` where a = b, else 0."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        x, y, chosen = arguments
+        return builder.select(builder.fcmp_ordered("==", x, y), chosen, ir.Constant(chosen.type, None))
+
+    return value(a, b, value), generate
+
+
+@intrinsic
+def where_positive(_: Any, a: Any, value: Any) -> Any:
+    """Return ``value`` where a > 0, else 0."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        x, chosen = arguments
+        zeros = ir.Constant(chosen.type, None)
+        return builder.select(builder.fcmp_ordered(">", x, zeros), chosen, zeros)
+
+    return value(a, value), generate
+
+
 def _define(symbol: Callable[[Any, Any], Any], emit: Emit) -> None:
     """Give an operator its meaning for lanes."""
 
