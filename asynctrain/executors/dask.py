@@ -19,8 +19,8 @@ from distributed import Client, Future, Security, wait
 from distributed.scheduler import KilledWorker
 from distributed.utils_comm import gather_from_workers
 
-from asynctrain._aio import ServingGroup, in_thread
-from asynctrain.arena import Arena
+from asynctrain._aio import ServingGroup, first_of_several, in_thread
+from asynctrain.arena import Arena, Array
 from asynctrain.errors import (
     ClosedError,
     ExecutorError,
@@ -199,6 +199,11 @@ def _address_of(client: Any) -> str:
     return str(client.scheduler.address)
 
 
+def _own(vector: Array) -> Array:
+    """Return ``vector``, copied where it may not be written, as a step adds to it, or begins where kernels are slow."""
+    return aligned(vector if vector.flags.writeable else vector.copy())
+
+
 class _Usual:
     """How long something takes as a rule, and how long to wait for it."""
 
@@ -313,6 +318,8 @@ class _DaskSession:
         for address in addresses:
             self._meet(address)
         await self._until(lambda: bool(self._refused or self.workers) and not self._expected, self._worker_wait)
+        if self._expected and not self.workers:  # they are there, and compile
+            await self._until(lambda: bool(self.workers) or not self._expected, PREPARATION)
         for refusal in self._refused.values():
             raise refusal
         if not self.workers:
@@ -425,6 +432,7 @@ class _DaskSession:
         Raises ``WorkerLostError`` where no worker took them for ``worker_wait`` seconds.
         """
         self._require_open()
+        self.require_connection()
         await self.somebody()
         edition = Edition(self.name, self._program, self.fingerprint, Packed.of(params), Packed.of(model_state))
         self._publish(version, edition)
@@ -474,13 +482,16 @@ class _DaskSession:
         """Send the present parameters, and again if others are published meanwhile."""
         published = None
         try:
-            while self._published not in (None, published) and self.workers.get(worker.address) is worker:
+            while self._published not in (None, published) and self._is_reachable(worker):
                 published = self._published
                 await self._sent(worker, published)
         except (*GONE, KeyError, ValueError):  # the scheduler says so, if it has not done already
             self._doubt(worker)
         finally:
             worker.sending = False
+
+    def _is_reachable(self, worker: _Worker) -> bool:
+        return self.client.status == "running" and self.workers.get(worker.address) is worker
 
     async def _sent(self, worker: _Worker, published: _Published) -> None:
         late = asyncio.get_running_loop().call_later(self._sending.limit, self._doubt, worker)
@@ -528,7 +539,7 @@ class _DaskSession:
     def _gradients(self, summed: Summed) -> GradientResult:
         gradients, statistics = self._layouts
         return GradientResult(
-            Arena(gradients, aligned(summed.gradients)), summed.sums, Arena(statistics, aligned(summed.statistics))
+            Arena(gradients, _own(summed.gradients)), summed.sums, Arena(statistics, _own(summed.statistics))
         )
 
     def require(self, version: int) -> None:
@@ -547,20 +558,28 @@ class _DaskSession:
         self._closed = True
         self._notify()
         if self.client.status == "running":
-            with suppress(ValueError):  # it has not begun
-                self.client.unsubscribe_topic("all")  # or the scheduler would tell a closed client that it has gone
-            with suppress(*LOST):
-                await self.asked(self.client.cancel(list(self.at_work)), grace)
+            await self._leave(grace)
+        if self._published is not None:
+            self._published.release()
+
+    async def _leave(self, grace: float) -> None:
+        with suppress(ValueError):  # it has not begun
+            self.client.unsubscribe_topic("all")  # or the scheduler would tell a closed client that it has gone
+        with suppress(*LOST):
+            await self.asked(self.client.cancel(list(self.at_work)), grace)
         async with asyncio.TaskGroup() as tasks:
             for worker in self.workers.values():
                 if not worker.doubted:
                     tasks.create_task(self._left(worker, grace), name=f"leave-taking of {worker.address}")
-        if self._published is not None:
-            self._published.release()
 
     async def _left(self, worker: _Worker, grace: float) -> None:
         with suppress(*GONE, ExecutorError):
             await self.run_at(worker.address, grace, dask_worker.leave, self.name, self._program, grace)
+
+    def require_connection(self) -> None:
+        """Raise ``WorkerLostError`` where the scheduler is gone."""
+        if self.client.status != "running":
+            raise WorkerLostError(self.address, "the connection to Dask's scheduler broke")
 
     def _require_open(self) -> None:
         if self._closed:
@@ -623,24 +642,29 @@ class _Errand:
 
     async def outcome(self) -> Outcome:
         """Return the first result; what others compute of the same is released."""
-        async with ServingGroup() as tasks:
-            while True:
-                if not self._attempts:
-                    await self._begin(tasks)
-                limit = self._session.computing.limit
-                done, _ = await asyncio.wait(self._attempts, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    del self._attempts[task]
-                    if (outcome := task.result()) is not None:
-                        return outcome
-                if not done:
-                    await self._begin_elsewhere(tasks)
+        with first_of_several():
+            async with ServingGroup() as tasks:
+                return await self._outcome(tasks)
+
+    async def _outcome(self, tasks: ServingGroup) -> Outcome:
+        while True:
+            if not self._attempts:
+                await self._begin(tasks)
+            limit = self._session.computing.limit
+            done, _ = await asyncio.wait(self._attempts, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                del self._attempts[task]
+                if (outcome := task.result()) is not None:
+                    return outcome
+            if not done:
+                await self._begin_elsewhere(tasks)
 
     async def _begin(self, tasks: ServingGroup) -> None:
         session = self._session
         await session.somebody()
         published = await session.held()
         session.require(self._version)
+        session.require_connection()
         if session.permitted(self._avoided) == []:
             self._avoided.clear()
         permitted = session.permitted(self._avoided) or None
@@ -692,6 +716,7 @@ class _Errand:
     async def _handed_over(self, key: Any) -> Outcome | None:
         """Return the result that Dask knows by ``key``; None where nobody has it."""
         client = self._session.client
+        data: Mapping[Any, Any]
         if client.direct_to_workers:
             data, *_ = await gather_from_workers(await client.scheduler.who_has(keys=[key]), client.rpc)
         else:
@@ -702,8 +727,7 @@ class _Errand:
     async def _lost(self, error: Exception) -> None:
         session = self._session
         session.require(self._version)
-        if session.client.status != "running":
-            raise WorkerLostError(session.address, "the connection to Dask's scheduler broke") from error
+        session.require_connection()
         if not isinstance(error, LOST):
             raise ExecutorError(session.address, f"Dask could not run the work: {error!r}") from error
         self._losses += 1
@@ -713,6 +737,7 @@ class _Errand:
     async def _begin_elsewhere(self, tasks: ServingGroup) -> None:
         """Give the work, which is late, to a worker that has not let it wait, if there is one."""
         session = self._session
+        session.require_connection()
         await session.somebody()
         with suppress(*LOST):
             places = await session.asked(self._whereabouts(), ANSWER)

@@ -20,11 +20,3 @@ def test_dask_gives_the_digest_of_threads(asynctrain: AsynctrainCommand, image_f
     assert digest("own workers", "dask") == expected
     with DaskCluster(tmp_path, workers=2) as cluster:
         assert digest("a cluster", f"dask:{cluster.address}") == expected
-
-
-def test_a_cluster_that_is_not_there_is_told_in_one_sentence(
-    asynctrain: AsynctrainCommand, image_folder: Path, tmp_path: Path
-) -> None:
-    called = asynctrain("train", image_folder, "--out", tmp_path / "run", "--executor", "dask:127.0.0.1:8786")
-    assert called.code == 2
-    assert "dask[:tcp://HOST:PORT]" in called.stderr

@@ -78,13 +78,15 @@ def surroundings() -> list[Any]:
 
 async def test_without_an_address_it_starts_workers_of_its_own_and_nothing_of_them_is_left() -> None:
     before = surroundings()
+    notices: list[Notice] = []
     async with at.DaskExecutor(workers=2) as executor, at.InlineExecutor() as inline:
-        first, second = await train(executor), await train(executor)
+        assert (await train(executor)).digest == (await train(executor)).digest == undisturbed()
         assert await gradients(executor) == await gradients(inline), "large results come straight from the workers"
-    assert first.digest == second.digest == undisturbed()
-    joined = [notice for notice in second.notices if isinstance(notice, WorkerJoined)]
+        async with executor.open(PROGRAM, notices.append) as session:
+            await until(lambda: session.slots == 2)
+    joined = [notice.address for notice in notices if isinstance(notice, WorkerJoined)]
     assert len(joined) == 2
-    assert all(notice.address.startswith(f"tcp://{HOST}:") for notice in joined), "nobody else may reach them"
+    assert all(address.startswith(f"tcp://{HOST}:") for address in joined), "nobody else may reach them"
     assert surroundings() == before
 
 
@@ -212,7 +214,7 @@ def certificates(folder: Path) -> dict[str, str]:
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
     openssl("req", *key, "-keyout", "own.key", "-out", "own.csr", "-subj", "/CN=own")
-    openssl("x509", "-req", "-in", "own.csr", "-out", "own.pem", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2")
+    openssl("x509", "-req", "-in", "own.csr", "-out", "own.pem", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
     return {"ca_file": str(folder / "ca.pem"), "cert": str(folder / "own.pem"), "key": str(folder / "own.key")}
 
 
