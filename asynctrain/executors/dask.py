@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
 
 import dask.config
-from distributed import Client, Future, Security, wait
+from distributed import Client, Future, Security
 from distributed.scheduler import KilledWorker
 from distributed.utils_comm import gather_from_workers
 
@@ -581,6 +581,12 @@ class _DaskSession:
         if self.client.status != "running":
             raise WorkerLostError(self.address, "the connection to Dask's scheduler broke")
 
+    @property
+    def scheduler(self) -> Any:
+        """Dask's, for questions to it; ``WorkerLostError`` where it is gone."""
+        self.require_connection()
+        return self.client.scheduler
+
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError(f"the session on {self.address} is closed")
@@ -704,9 +710,10 @@ class _Errand:
         """
         patience = self._session.computing.limit
         while True:
-            await wait([future])
-            if future.status == "error":
-                raise await future.exception()
+            if (error := await future.exception()) is not None:  # it waits until something has come of it
+                raise error
+            if future.cancelled():
+                raise Withdrawn
             with suppress(TimeoutError):  # its worker died, perhaps: Dask computes it again
                 if (outcome := await self._session.asked(self._handed_over(future.key), patience)) is not None:
                     return outcome
@@ -715,12 +722,12 @@ class _Errand:
 
     async def _handed_over(self, key: Any) -> Outcome | None:
         """Return the result that Dask knows by ``key``; None where nobody has it."""
-        client = self._session.client
-        data: Mapping[Any, Any]
+        client, scheduler = self._session.client, self._session.scheduler
+        data: Any
         if client.direct_to_workers:
-            data, *_ = await gather_from_workers(await client.scheduler.who_has(keys=[key]), client.rpc)
+            data, *_ = await gather_from_workers(await scheduler.who_has(keys=[key]), client.rpc)
         else:
-            data = (await client.scheduler.gather(keys=[key])).get("data", {})
+            data = (await scheduler.gather(keys=[key])).get("data", {})
         outcome: Outcome | None = data.get(key)
         return outcome
 

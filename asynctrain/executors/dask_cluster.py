@@ -84,7 +84,7 @@ async def local_cluster(workers: int) -> AsyncIterator[Any]:
             finally:
                 await asyncio.gather(*(worker.close() for worker in cluster.workers.values()))
                 await asyncio.sleep(FAREWELL)  # before the scheduler closes: it fails on what it still connects to
-                await cluster.close()
+                await cluster._close()
             await asyncio.sleep(FAREWELL)
     finally:
         await in_thread(folder.cleanup)

@@ -82,14 +82,14 @@ class DaskCluster:
         self, before: list[str], kind: str, options: Mapping[str, object], environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
         everywhere = {"host": HOST, "dashboard": False, "dashboard_address": f"{HOST}:0"}
-        specification = json.dumps({"cls": kind, "opts": everywhere | options})
+        specification = json.dumps({"cls": kind, "opts": {**everywhere, **options}})
         return subprocess.Popen(
             [sys.executable, "-m", "dask", "spec", *before, "--spec", specification],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | self._environment | environment,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **self._environment, **environment},
         )
 
 
