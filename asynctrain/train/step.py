@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _quiet = np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by an error of its own
 
-PART = 2**16  # elements, at least, that are worth a job of their own
+PART = 2**20  # elements, at least, that are worth a job of their own: threads in short numpy calls wait for each other
 QUICK = 2**20  # elements: up to here a pass over them takes half a millisecond, and handing parts to threads no less
 PASSES = 4  # over the parameters that an update is counted as
 
@@ -235,7 +235,7 @@ class TrainStep:
 
     async def _for_each_part(self, function: Callable[[_Part], T], passes: int = 1) -> list[T]:
         """Gather ``function`` of each part, in threads where that many passes over the parameters take a while."""
-        if len(self._parts) == 1 or passes * self._size <= QUICK:
+        if passes * self._size <= QUICK:
             return [function(part) for part in self._parts]
         loop = asyncio.get_running_loop()
         return await asyncio.gather(*(loop.run_in_executor(self._threads, function, part) for part in self._parts))

@@ -27,6 +27,12 @@ EPOCHS = 50  # 300 steps, about a second
 LONG: dict[str, Any] = OPTIONS | {"epochs": EPOCHS, "checkpoint_steps": 20}
 
 
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """Run these, which take long, on one loop: that of the command line."""
+    return "asyncio", {"debug": True, "use_uvloop": True}
+
+
 async def trained_long(data: at.ArrayDataset, model: at.Model) -> str:
     loader = at.Loader(data, batch_size=16, image_size=(8, 8), channels=1, seed=3)
     async with at.ThreadExecutor(1) as executor:

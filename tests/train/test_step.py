@@ -102,7 +102,11 @@ async def test_steps_are_those_of_gradient_descent(size: int, threads: ThreadPoo
     assert (state.step, state.cursor, sums.samples) == (3, Cursor(0, 23, 23, 1), 23)
 
 
-async def test_large_models_have_the_same_bits_from_threads(threads: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("part", [2**16, 2**20])  # elements: several jobs for the parameters, or one for all
+async def test_large_models_have_the_same_bits_from_threads(
+    part: int, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asynctrain.train.step.PART", part)
     model = nn.models.mlp(num_classes=10, image_shape=(20, 20, 1))
     optimizer = optim.adamw(1e-2)
     digests = set()
