@@ -33,8 +33,7 @@ executors.fingerprint| {GROUND} numpy threadpoolctl numba llvmlite
 executors.worker     | {GROUND} executors.blas nn numpy threadpoolctl
 executors.ledger     | {GROUND} nn numpy
 executors.dask       | {GROUND} _aio nn executors numpy asyncio dask distributed
-executors.dask_cluster | _aio executors asyncio distributed
-executors.dask_worker | {GROUND} _aio executors numpy asyncio distributed
+executors.dask.keeper |
 executors            | {GROUND} _aio nn numpy asyncio threadpoolctl
 inference            | {GROUND} _aio _files nn data.images executors.base executors.worker executors.blas
                      | numpy asyncio PIL safetensors

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (16, 28, 28, 1), dtype=np.uint8), RNG.integers(0, 10, 16)
 WORK = [GradientWork(0, i, 2, IMAGES[8 * i : 8 * i + 8], LABELS[8 * i : 8 * i + 8]) for i in range(2)]
 FOREIGN = {"OPENBLAS_CORETYPE": "Nehalem"}  # other kernels, other bits
-GONE = 20.0  # seconds in which workers have noticed that the program is no more
+GONE = 2.0  # seconds in which workers have noticed that the program is no more
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,29 @@ async def test_without_an_address_it_starts_workers_of_its_own_and_nothing_of_th
         assert await gradients(executor) == await gradients(inline), "large results come straight from the workers"
         async with executor.open(PROGRAM, notices.append) as session:
             await until(lambda: session.slots == 2)
+            processes = descendants(os.getpid())
     joined = [notice.address for notice in notices if isinstance(notice, WorkerJoined)]
     assert len(joined) == 2
     assert all(address.startswith(f"tcp://{HOST}:") for address in joined), "nobody else may reach them"
     assert surroundings() == before
+    assert len(processes) == 4, "a keeper, a scheduler, two workers"
+    assert not any(map(is_alive, processes))
+
+
+async def test_workers_of_its_own_may_take_longer_to_start_than_work_waits_for_one() -> None:
+    async with at.DaskExecutor(workers=1, worker_wait=0.05) as executor:
+        assert (await train(executor)).digest == undisturbed()
+
+
+async def test_a_worker_of_its_own_that_dies_is_replaced() -> None:
+    notices: list[Notice] = []
+    async with at.DaskExecutor(workers=1) as executor, executor.open(PROGRAM, notices.append) as session:
+        await session.broadcast(PARAMS, {}, 0)
+        await session.compute(WORK[0], 0)
+        (worker,) = (process for process in descendants(os.getpid()) if "distributed.Worker" in command(process))
+        os.kill(int(worker.name), signal.SIGKILL)
+        await session.compute(WORK[1], 0)
+    assert [type(notice) for notice in notices] == [WorkerJoined, WorkerLost, WorkerJoined]
 
 
 async def test_closing_it_under_an_open_session_ends_the_session_and_the_workers() -> None:
@@ -99,25 +119,91 @@ async def test_closing_it_under_an_open_session_ends_the_session_and_the_workers
             await session.compute(WORK[0], 0)
 
 
-def test_its_workers_go_when_the_program_is_killed() -> None:
-    code = (
-        "import asyncio, asynctrain as at, psutil; from tests.executors.test_dask import PROGRAM\n"
-        "async def main():\n"
-        "    async with at.DaskExecutor(workers=1) as executor, executor.open(PROGRAM):\n"
-        "        print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)\n"
-        "        await asyncio.sleep(60)\n"
-        "asyncio.run(main())\n"
+async def test_cancelled_while_its_workers_start_it_leaves_none() -> None:
+    executor = at.DaskExecutor(workers=1)
+    opening = asyncio.create_task(gradients(executor))
+    await until(lambda: any("distributed.Worker" in command(process) for process in descendants(os.getpid())))
+    processes = descendants(os.getpid())
+    opening.cancel()
+    await asyncio.wait([opening])
+    assert opening.cancelled()
+    assert not any(map(is_alive, processes))
+    await executor.aclose()
+
+
+HOLDER = """
+import asyncio, os, asynctrain as at
+from tests.executors.test_dask import PARAMS, PROGRAM, WORK, descendants
+
+async def main():
+    async with at.DaskExecutor(workers=2) as executor, executor.open(PROGRAM) as session:
+        await session.broadcast(PARAMS, {}, 0)
+        await asyncio.gather(*(session.compute(work, 0) for work in WORK))
+        print(*(process.name for process in descendants(os.getpid())), flush=True)
+        await asyncio.sleep(SECONDS)
+
+asyncio.run(main())
+"""
+
+
+def hold_workers(seconds: float, scratch: Path) -> subprocess.Popen[str]:
+    """Start a program that has workers of its own, tells their ids, and keeps them for some seconds."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER.replace("SECONDS", str(seconds))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as program:
+
+
+def test_a_program_that_ends_says_nothing_of_it_and_leaves_no_file(tmp_path: Path) -> None:
+    with hold_workers(0, tmp_path) as program:
+        told, complaints = program.communicate(timeout=60)
+    assert len(told.split()) == 4
+    assert complaints == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_when_the_program_is_killed_its_workers_and_their_files_go_too(tmp_path: Path, number: signal.Signals) -> None:
+    with hold_workers(60, tmp_path) as program:
         assert program.stdout is not None
-        workers = [Path("/proc", pid) for pid in program.stdout.readline().split()]
-        program.kill()
-    assert workers
+        processes = [Path("/proc", pid) for pid in program.stdout.readline().split()]
+        assert len(processes) == 4
+        assert list(tmp_path.iterdir())
+        program.send_signal(number)
     end = time.monotonic() + GONE
-    while any(map(is_alive, workers)):
-        assert time.monotonic() < end, f"still there: {workers}"
-        time.sleep(0.05)
+    while any(map(is_alive, processes)) or list(tmp_path.iterdir()):
+        assert time.monotonic() < end, f"still there: {processes} or {list(tmp_path.iterdir())}"
+        time.sleep(0.02)
+
+
+def test_when_the_keeper_is_killed_nothing_stays_either(tmp_path: Path) -> None:
+    with hold_workers(60, tmp_path) as program:
+        assert program.stdout is not None
+        processes = [Path("/proc", pid) for pid in program.stdout.readline().split()]
+        (keeper,) = (process for process in processes if "keeper.py" in command(process))
+        os.kill(int(keeper.name), signal.SIGKILL)
+        end = time.monotonic() + GONE
+        while any(map(is_alive, processes)):
+            assert time.monotonic() < end, f"still there: {processes}"
+            time.sleep(0.02)
+        program.kill()
+
+
+def descendants(pid: int) -> list[Path]:
+    """Return the folders in ``/proc`` of the processes that ``pid`` has started, and those that they have."""
+    found = []
+    for task in Path("/proc", str(pid), "task").iterdir():
+        for child in (task / "children").read_text().split():
+            if "multiprocessing" not in command(Path("/proc", child)):  # Python's own, which is there before
+                found += [Path("/proc", child), *descendants(int(child))]
+    return found
+
+
+def command(process: Path) -> str:
+    return (process / "cmdline").read_text()
 
 
 def is_alive(process: Path) -> bool:
@@ -218,18 +304,37 @@ def certificates(folder: Path) -> dict[str, str]:
     return {"ca_file": str(folder / "ca.pem"), "cert": str(folder / "own.pem"), "key": str(folder / "own.key")}
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no command openssl to make certificates with")
 async def test_tls_is_that_of_distributed(tmp_path: Path) -> None:
-    files = certificates(tmp_path)
-    security = Security(
-        require_encryption=True,
-        tls_ca_file=files["ca_file"],
-        tls_client_cert=files["cert"],
-        tls_client_key=files["key"],
-    )
-    with DaskCluster(tmp_path, workers=1, tls=files) as cluster:
+    def security(files: dict[str, str]) -> Security:
+        return Security(
+            require_encryption=True,
+            tls_ca_file=files["ca_file"],
+            tls_client_cert=files["cert"],
+            tls_client_key=files["key"],
+        )
+
+    (tmp_path / "foreign").mkdir()
+    own, foreign = security(files := certificates(tmp_path)), security(certificates(tmp_path / "foreign"))
+    with DaskCluster(tmp_path, workers=2, tls=files) as cluster:
         assert cluster.address.startswith("tls://")
-        async with at.DaskExecutor(cluster.address, security=security) as executor, at.InlineExecutor() as inline:
+        notices: list[Notice] = []
+        async with at.DaskExecutor(cluster.address, security=own) as executor, at.InlineExecutor() as inline:
             assert await gradients(executor) == await gradients(inline)
+            assert (await train(executor)).digest == undisturbed()
+            async with executor.open(PROGRAM, notices.append):
+                pass
+        joined = [notice.address for notice in notices if isinstance(notice, WorkerJoined)]
+        assert joined
+        assert all(address.startswith("tls://") for address in joined), "the workers' connections are encrypted too"
+        async with (
+            Client(cluster.address, security=own, asynchronous=True, set_as_default=False) as client,
+            at.DaskExecutor(client=client) as executor,
+        ):
+            assert (await train(executor)).digest == undisturbed()
+        async with at.DaskExecutor(cluster.address, security=foreign, worker_wait=1.0) as executor:
+            with pytest.raises(WorkerLostError, match="no Dask scheduler answers"):
+                await gradients(executor)
 
 
 # Faults
@@ -282,9 +387,10 @@ async def test_whatever_happens_to_workers_the_bits_are_those_of_a_training_with
         ({"address": "tcp://host:1", "client": "a client"}, "either address or client"),
         ({"address": "tcp://host:1", "workers": 2}, "a running cluster has workers of its own"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"security": "keys"}, "got security without address"),
         ({"worker_wait": -1.0}, "worker_wait must be at least 0 seconds, got -1.0"),
     ],
-    ids=["two clusters", "workers of a running cluster", "no workers", "a wait below zero"],
+    ids=["two clusters", "workers of a running cluster", "no workers", "keys of no cluster", "a wait below zero"],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,6 @@
 """What runs on a Dask worker: functions that Dask calls there, and the values that it carries.
 
-Only ``dask.py`` beside this knows the client's side. Dask itself moves the values, with pickle, between processes that
+What is beside this is the client's side. Dask itself moves the values, with pickle, between processes that
 have the same packages; arrays travel beside the pickle, uncopied, and may arrive at any offset of a larger buffer.
 """
 
@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
+from distributed import get_worker
 
 from asynctrain._aio import in_thread
 from asynctrain.arena import ALIGNMENT, Arena, Array, Layout, Shape, aligned_empty
@@ -177,8 +178,6 @@ def _place_for(program: str, session: str) -> _Place:
 
 def compute(edition: Edition, work: GradientWork | ForwardWork) -> Outcome:
     """Compute ``work`` with the parameters of ``edition``, on one BLAS thread. The task of each microbatch."""
-    from distributed import get_worker
-
     return Outcome(get_worker().address, _attempted(edition, work))
 
 
