@@ -75,7 +75,7 @@ class Parameters:
     async def publish(self, version: int, edition: Edition) -> None:
         """Send ``edition`` to all workers; who has not taken it in time is not waited for.
 
-        Raises ``WorkerLostError`` where no worker took it within ``worker_wait`` seconds, or what is usual if that is more.
+        Raises ``WorkerLostError`` where no worker took it within ``worker_wait`` seconds, or the usual if that is more.
         """
         loop = asyncio.get_running_loop()
         start = loop.time()

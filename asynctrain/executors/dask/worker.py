@@ -24,7 +24,8 @@ from asynctrain.errors import FingerprintError
 from asynctrain.executors import remote
 from asynctrain.executors.blas import Library, find_blas, one_blas_thread
 from asynctrain.executors.fingerprint import numeric_fingerprint, require_same
-from asynctrain.executors.worker import GradientWorker, StopFlag, Stopped
+from asynctrain.executors.worker import GradientWorker, Sheet, StopFlag, Stopped
+from asynctrain.nn.model import Model
 from asynctrain.types import JSON, ForwardResult, ForwardWork, GradientWork, Program, Sums
 
 Work = TypeVar("Work", bound=GradientWork | ForwardWork)
@@ -136,6 +137,7 @@ class _Place:
     """What this process keeps for one program, for which sessions, and what it computes for each at the moment."""
 
     worker: GradientWorker
+    layouts: tuple[Layout, Layout]  # of gradients and statistics
     fingerprint: Mapping[str, str]
     libraries: list[Library]
     sessions: set[str] = field(default_factory=set)
@@ -153,7 +155,9 @@ class _Place:
         program = Program.from_json(told["program"])
         worker = GradientWorker(program)
         worker.warm_up()
-        return cls(worker, numeric_fingerprint(program.kernels), find_blas())
+        model = Model.from_json(program.architecture)
+        layouts = model.layout(program.dtype), model.statistics_layout
+        return cls(worker, layouts, numeric_fingerprint(program.kernels), find_blas())
 
 
 # Of the process, because that is all a task that is pinned to no worker finds when it comes there. Bounded, for a
@@ -189,7 +193,7 @@ def _attempted(edition: Edition, work: GradientWork | ForwardWork) -> Summed | F
         place.running[stop] = edition.session
         try:
             with one_blas_thread(place.libraries):
-                return _computed(place.worker, edition, _in_place(work), stop)
+                return _computed(place, edition, _in_place(work), stop)
         finally:
             del place.running[stop]
     except Stopped:
@@ -201,14 +205,13 @@ def _attempted(edition: Edition, work: GradientWork | ForwardWork) -> Summed | F
 
 
 def _computed(
-    worker: GradientWorker, edition: Edition, work: GradientWork | ForwardWork, stop: StopFlag
+    place: _Place, edition: Edition, work: GradientWork | ForwardWork, stop: StopFlag
 ) -> Summed | ForwardResult:
     if isinstance(work, ForwardWork):
-        return worker.forward(edition.params, edition.model_state, work, stop)
-    result = worker.gradients(edition.params, work, stop)
-    summed = Summed(result.gradients.vector.copy(), result.statistics.vector.copy(), result.sums)
-    result.release()  # Dask keeps the copies until they are fetched; the worker's own arrays serve the next work
-    return summed
+        return place.worker.forward(edition.params, edition.model_state, work, stop)
+    into = Sheet(*(layout.empty() for layout in place.layouts))  # new ones: Dask keeps them until they are fetched
+    result = place.worker.gradients(edition.params, work, stop, into=into)
+    return Summed(into.gradients.vector, into.statistics.vector, result.sums)
 
 
 def _in_place(work: Work) -> Work:
