@@ -41,15 +41,18 @@ from asynctrain.train.saving import Saving
 # What flows between them
 from asynctrain.types import Batch, Cursor, Normalization, Program, Record
 
-# Who listens, and what is measured: imported when they are first asked for, as most programs need neither
+# Who listens, what is measured, and a home that needs an extra: imported when they are first asked for
 if TYPE_CHECKING:
     from asynctrain import metrics
+    from asynctrain.executors import DaskExecutor as DaskExecutor
     from asynctrain.train import callbacks
 
 _LATE = {"callbacks": "asynctrain.train.callbacks", "metrics": "asynctrain.metrics"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "DaskExecutor":
+        return import_module("asynctrain.executors").DaskExecutor
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(_LATE[name])

@@ -3,7 +3,7 @@
 Each case runs in a process of its own, the cases in random order, round after round. A round of broadcast and gradients
 gives two workers the parameters, and has one gradient of each of them; its layers do no more than write it, so that it
 is the way there and back that is timed. It is held against the least that could do the same: memory and sockets used
-directly by a caller that blocks, whose workers run the same code.
+directly by a caller that blocks, whose workers run the same code; on Dask, its scatter, submit and gather.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import asyncio
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -36,8 +38,10 @@ T = TypeVar("T")
 
 SIZES = (1, 10, 100)  # MB of parameters
 ROUNDS = {1: 200, 10: 50, 100: 10}  # in one process, for a median
+DASK_ROUNDS = {1: 20, 10: 20, 100: 5}  # each takes ten times as long
 MICROBATCHES, SAMPLES = 8, 64
 COUNTED = 10  # rounds, of which messages are counted
+HAS_DASK = find_spec("distributed") is not None
 IDLE = "idle, busy machine"
 ALLOWED = {10: 10.0, 100: 50.0}  # ms that a heartbeat may be later
 
@@ -46,13 +50,17 @@ def processes(workers: int = homes.WORKERS) -> at.Executor:
     return at.ProcessExecutor(workers)
 
 
+def dask(workers: int = homes.WORKERS) -> at.Executor:
+    return at.DaskExecutor(workers=workers)
+
+
 Rounds = Callable[[float], AbstractAsyncContextManager[homes.Round]]
 
 
-async def round_seconds(rounds: Rounds, size: int) -> float:
+async def round_seconds(rounds: Rounds, number: Mapping[int, int], size: int) -> float:
     """Return the median seconds of a round."""
     async with rounds(size) as round_:
-        return statistics.median(await homes.timed(round_, 5, ROUNDS[size]))
+        return statistics.median(await homes.timed(round_, 5, number[size]))
 
 
 async def microbatch_rate(make: Callable[[int], at.Executor], workers: int, samples: int = SAMPLES) -> float:
@@ -142,13 +150,23 @@ def cases() -> dict[str, Callable[[], Any]]:
     """Return what is measured, by its name."""
     found: dict[str, Callable[[], Any]] = {IDLE: idle_lateness}
     for size in SIZES:
-        found[f"round, processes, {size} MB"] = partial(_timed, partial(_rounds_on, processes), size)
-        found[f"round, bare loop, {size} MB"] = partial(_timed, homes.bare_rounds, size)
+        found[f"round, processes, {size} MB"] = partial(_timed, partial(_rounds_on, processes), ROUNDS, size)
+        found[f"round, bare loop, {size} MB"] = partial(_timed, homes.bare_rounds, ROUNDS, size)
         found[f"bytes, {size} MB"] = partial(_in_loop, bytes_moved, size)
     for size in ALLOWED:
         found[f"heartbeat, {size} MB"] = partial(_in_plain_loop, lateness, size)
     for workers in (1, 2):
         found[f"microbatches, processes, {workers}"] = partial(_rate, processes, workers)
+    return found | (_dask_cases() if HAS_DASK else {})
+
+
+def _dask_cases() -> dict[str, Callable[[], Any]]:
+    found: dict[str, Callable[[], Any]] = {}
+    for size in SIZES:
+        found[f"round, Dask, {size} MB"] = partial(_timed, partial(_rounds_on, dask), DASK_ROUNDS, size)
+        found[f"round, bare Dask, {size} MB"] = partial(_timed, homes.bare_dask_rounds, DASK_ROUNDS, size)
+    for workers in (1, 2):
+        found[f"microbatches, Dask, {workers}"] = partial(_rate, dask, workers)
     return found
 
 
@@ -164,8 +182,8 @@ def _rounds_on(make: Callable[[], at.Executor], size: float) -> AbstractAsyncCon
     return homes.executor_rounds(make(), size)
 
 
-def _timed(rounds: Rounds, size: int) -> float:
-    return _run(round_seconds(rounds, size))
+def _timed(rounds: Rounds, number: Mapping[int, int], size: int) -> float:
+    return _run(round_seconds(rounds, number, size))
 
 
 def _rate(make: Callable[[int], at.Executor], workers: int) -> float:
@@ -174,11 +192,10 @@ def _rate(make: Callable[[int], at.Executor], workers: int) -> float:
 
 def rows_of(results: Mapping[str, Sequence[Any]]) -> list[Row]:
     """Hold medians over the rounds against the targets."""
-    rows = [
-        _against(results, f"round, processes, {size} MB", f"round, bare loop, {size} MB", 1 / 1.5, "within 1.5x")
-        for size in SIZES
-    ]
-    for kind, asked in (("processes", 1.7),):
+    rows = [_against(results, "processes", "bare loop", size, 1 / 1.5, "within 1.5x") for size in SIZES]
+    if HAS_DASK:
+        rows += [_against(results, "Dask", "bare Dask", size, 1.0 if size > 1 else None, "no slower") for size in SIZES]
+    for kind, asked in (("processes", 1.7), ("Dask", 1.5)):
         if f"microbatches, {kind}, 2" in results:
             one, two = (statistics.median(results[f"microbatches, {kind}, {workers}"]) for workers in (1, 2))
             case = f"two workers, {kind}, {1e3 / one:.0f} ms each"
@@ -213,10 +230,13 @@ def rows_of(results: Mapping[str, Sequence[Any]]) -> list[Row]:
     return rows
 
 
-def _against(results: Mapping[str, Sequence[float]], ours: str, peer: str, asked: float, shown: str) -> Row:
-    own, theirs = (statistics.median(results[case]) * 1e3 for case in (ours, peer))
-    ratio = theirs / own
-    return Row(ours, "ms", own, theirs, peer, ratio, spread(results[ours]), shown, ratio >= asked)
+def _against(
+    results: Mapping[str, Sequence[float]], ours: str, peer: str, size: int, asked: float | None, shown: str
+) -> Row:
+    mine, theirs = (results[f"round, {name}, {size} MB"] for name in (ours, peer))
+    own, other = (statistics.median(seconds) * 1e3 for seconds in (mine, theirs))
+    target, met = (shown, other / own >= asked) if asked else ("", None)
+    return Row(f"round, {ours}, {size} MB", "ms", own, other, peer, other / own, spread(mine), target, met)
 
 
 def _p99(rounds: Sequence[Sequence[float]]) -> float:
@@ -235,9 +255,15 @@ def main() -> None:
     calls = {case: partial(child, "benchmarks.executors", "--case", case) for case in cases()}
     results = interleave(calls, 2 if arguments.quick else 10)
     versions = {"numpy": np.__version__, "uvloop": version("uvloop")}
+    if HAS_DASK:
+        versions["distributed"] = version("distributed")
+    else:
+        print("Dask is left out: it is not installed (pip install 'asynctrain[dask]')", file=sys.stderr)
     notes = [
         "A round gives two workers the parameters and has one gradient of each; the bare loop is shared memory and "
         "socketpairs used directly by a caller that blocks, its workers running the same code.",
+        "Bare Dask is client.scatter(broadcast=True), submit and gather on Dask's LocalCluster of two processes, of "
+        "the same bytes; its task doubles the parameters, as our layers do.",
         "Bytes are those of messages on the sockets, counted, and of the arrays that lie in shared memory.",
     ]
     report("executors", rows_of(results), versions, notes)

@@ -142,6 +142,33 @@ def bare_worker(connection: socket.socket, shared: int, own: int, megabytes: flo
             connection.sendall(b"d")
 
 
+@asynccontextmanager
+async def bare_dask_rounds(megabytes: float) -> AsyncIterator[Round]:
+    """Offer the same through Dask used directly: scatter, submit, gather."""
+    from distributed import Client, LocalCluster
+
+    vector = params_of(megabytes).vector
+    number = 0
+    cluster = LocalCluster(  # type: ignore[no-untyped-call]
+        n_workers=WORKERS, threads_per_worker=1, asynchronous=True, dashboard_address=None, host="127.0.0.1"
+    )
+    async with cluster, Client(cluster, asynchronous=True) as client:  # type: ignore[no-untyped-call]
+
+        async def round_() -> None:
+            nonlocal number
+            number += 1
+            future = await client.scatter(vector, broadcast=True, hash=False)
+            tasks = [client.submit(doubled, future, number, worker, pure=False) for worker in range(WORKERS)]
+            for gradients in await client.gather(tasks):
+                assert gradients[0] == 3.0
+
+        yield round_
+
+
+def doubled(vector: Array, number: int, worker: int) -> Array:
+    return np.multiply(vector, 2)
+
+
 async def timed(round_: Round, warm_up: int, rounds: int) -> list[float]:
     """Return the seconds of each round after the first few."""
     seconds = []

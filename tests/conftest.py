@@ -134,9 +134,10 @@ def warm_loops() -> None:
 
 
 def leftovers(threads: list[threading.Thread], processes: set[int], files: dict[int, str]) -> list[str]:
-    """Name what is there now and is not among the arguments."""
+    """Name what is there now and is not among the arguments; a thread that Dask keeps for life is left out."""
+    ours = [thread for thread in threading.enumerate() if not thread.name.startswith("Dask-Offload")]
     return [
-        *(f"thread {thread.name}" for thread in threading.enumerate() if thread not in threads),
+        *(f"thread {thread.name}" for thread in ours if thread not in threads),
         *(f"process {pid}" for pid in children() - processes),
         *(f"file {number} ({target})" for number, target in open_files().items() - files.items()),
     ]

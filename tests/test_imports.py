@@ -32,6 +32,8 @@ executors.blas       | {GROUND} threadpoolctl
 executors.fingerprint| {GROUND} numpy threadpoolctl numba llvmlite
 executors.worker     | {GROUND} executors.blas nn numpy threadpoolctl
 executors.ledger     | {GROUND} nn numpy
+executors.dask       | {GROUND} _aio nn executors numpy asyncio dask distributed
+executors.dask.keeper |
 executors            | {GROUND} _aio nn numpy asyncio threadpoolctl
 rpc                  | {GROUND} _aio executors nn.model numpy asyncio grpc google
 inference            | {GROUND} _aio _files nn data.images executors.base executors.worker executors.blas
@@ -126,6 +128,7 @@ def test_nn_knows_no_files_no_clocks_and_no_hidden_generators(module: str) -> No
         ("executors.worker", "asyncio"),
         ("executors.worker", "asynctrain.executors.local"),
         ("executors.local", "asynctrain.train.trainer"),
+        ("executors.local", "distributed"),
         ("inference.classifier", "asynctrain.data"),
         ("train.trainer", "asynctrain.executors.local"),
         ("train.trainer", "grpc"),

@@ -111,17 +111,22 @@ def _inline(rest: str) -> at.Executor:
 
 
 def _workers(rest: str) -> at.Executor:
-    from asynctrain.cli.workers import (
-        executor_at,
-    )  # gRPC takes a tenth of a second to import, and few trainings need it
+    from asynctrain.cli.workers import executor_at  # gRPC takes a tenth of a second to import, and few need it
 
     return executor_at(rest)
+
+
+def _dask(address: str) -> at.Executor:
+    if address and "://" not in address:
+        raise ValueError("the address of a scheduler is written tcp://HOST:PORT")
+    return at.DaskExecutor(address or None)
 
 
 EXECUTORS: dict[str, tuple[str, Make]] = {  # by what stands before the colon: how it is written, and what makes it
     "inline": ("inline", _inline),
     "threads": ("threads[:N]", _counted(at.ThreadExecutor)),
     "processes": ("processes[:N]", _counted(at.ProcessExecutor)),
+    "dask": ("dask[:tcp://HOST:PORT]", _dask),
     "grpc": ("grpc://[listen:]HOST:PORT[,...]", _workers),
 }
 

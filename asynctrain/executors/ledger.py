@@ -37,6 +37,24 @@ class Patience:
             raise ValueError(f"floor must be above 0 and factor at least 1, got {self.floor} and {self.factor}")
 
 
+class Pace:
+    """How long something takes as a rule, and how long to wait for it."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+
+    def add(self, seconds: float) -> None:
+        """Take note of what it took this time."""
+        self._seconds.append(seconds)
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which it is late."""
+        usual = median(self._seconds) if self._seconds else 0.0
+        return max(self._patience.floor, self._patience.factor * usual)
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """What became of results and workers.
@@ -188,7 +206,7 @@ class Ledger:
 
     def __init__(self, worker_wait: float, patience: Patience) -> None:
         self._worker_wait = worker_wait
-        self._patience = patience
+        self._pace = Pace(patience)
         self._numbers = count(1)
         self._edition = 0
         self._workers: dict[str, _Worker] = {}
@@ -196,7 +214,6 @@ class Ledger:
         self._waiting: list[int] = []  # tasks without an attempt, the oldest first
         self._attempts: dict[int, _Attempt] = {}
         self._alone_since: float | None = None
-        self._durations: deque[float] = deque(maxlen=RECENT)
         self._decided: list[Decision] = []
         self.statistics = Statistics()
 
@@ -215,8 +232,7 @@ class Ledger:
     @property
     def patience(self) -> float:
         """Seconds that an attempt may take."""
-        usual = median(self._durations) if self._durations else 0.0
-        return max(self._patience.floor, self._patience.factor * usual)
+        return self._pace.limit
 
     def is_idle(self, address: str) -> bool:
         """Return whether the worker at ``address`` computes nothing, or is not there."""
@@ -300,7 +316,7 @@ class Ledger:
             self._count("duplicates" if ended.superseded else "late")
             return False
         ended.worker.strikes = ended.worker.benched = 0
-        self._durations.append(now - ended.started)
+        self._pace.add(now - ended.started)
         self._count("accepted")
         self._tasks[ended.task].attempts.remove(attempt)
         for other in self._tasks[ended.task].attempts:

@@ -244,7 +244,7 @@ class _ProcessSession:
         self.new_number = new_number  # of sessions and blocks, for messages
         self.number = new_number()
         self._copying = copying
-        self._modules = _importable(modules_of(program.architecture))
+        self._modules = importable(modules_of(program.architecture))
         self._program = _Slip(self.new_number(), json.dumps(program.to_json()).encode())
         self._boards: list[_SharedBoard] = []
         self._present: _SharedBoard | None = None
@@ -374,7 +374,7 @@ def _write_board(board: Board, params: Params, model_state: Params) -> None:
         write(model_state, board.model_state, "model_state")
 
 
-def _importable(modules: set[str]) -> list[str]:
+def importable(modules: set[str]) -> list[str]:
     """Return the names by which a worker imports ``modules``."""
     return sorted(_name_of_main() if module == "__main__" else module for module in modules)
 

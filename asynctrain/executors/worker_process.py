@@ -258,7 +258,7 @@ def start_process() -> Started:
             stdin=subprocess.DEVNULL,
             stdout=STANDARD_ERROR,  # what layers print must not get between what the program prints
             pass_fds=passed,
-            env=_environment(),
+            env=environment(),
         )
         until_started.pop_all()
     for end in theirs:
@@ -268,7 +268,7 @@ def start_process() -> Started:
     return Started(process, *ours)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return an environment in which a worker finds the modules that this process finds, and BLAS starts no threads."""
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     return {**os.environ, "PYTHONPATH": path, **dict.fromkeys(BLAS_THREADS, "1")}

@@ -212,6 +212,7 @@ def test_a_diverging_training_is_told_in_one_sentence(
         ["--executor", "threads:0"],
         ["--executor", "processes:"],
         ["--executor", "inline:2"],
+        ["--executor", "dask:2"],
         ["--executor", "abacus"],
         ["--seed", -1],
         ["--no-such-option"],

@@ -6,8 +6,9 @@ import asyncio
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import cache
+from importlib.util import find_spec
 from multiprocessing import get_context
 from random import Random
 
@@ -28,10 +29,20 @@ from asynctrain.testing import check_executor
 from asynctrain.train.state import TrainState
 from asynctrain.train.step import TrainStep
 from asynctrain.types import Batch, Cursor, ForwardWork, GradientWork, Program
+from tests.executors.dask_clusters import DaskCluster
 from tests.rpc.conftest import worker_process
 
 POOLS: dict[str, futures.Executor] = {}  # while this module's tests run
-WORKERS: list[str] = []  # likewise: addresses
+WORKERS: list[str] = []  # likewise: addresses of gRPC workers
+DASK: dict[str, str] = {}  # likewise: the address of a scheduler
+
+
+def dask() -> Executor:
+    pytest.importorskip("distributed", reason="needs the extra dask")
+    from asynctrain.executors import DaskExecutor
+
+    return DaskExecutor(DASK["address"])
+
 
 HOMES: dict[str, Callable[[], Executor]] = {
     "inline": InlineExecutor,
@@ -49,6 +60,7 @@ HOMES: dict[str, Callable[[], Executor]] = {
     "gRPC, threads and a process": lambda: ExecutorGroup(
         GrpcExecutor(WORKERS[0]), ThreadExecutor(1), ProcessExecutor(1)
     ),
+    "a Dask cluster": dask,
 }
 MODEL = nn.models.lenet(num_classes=10, image_shape=(12, 12, 1))
 PROGRAM = Program(MODEL.to_json(), seed=1)
@@ -60,14 +72,18 @@ WORK = [GradientWork(0, i, 2, IMAGES[8 * i : 8 * i + 8], LABELS[8 * i : 8 * i + 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pools() -> Iterator[None]:
-    """Have pools that are warm before the first test, which is not to be blamed for what they keep."""
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have pools and a cluster that are warm before the first test, which is not to be blamed for what they keep."""
     with (
         futures.ThreadPoolExecutor(2) as threads,
         futures.ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes,
         worker_process("--executor", "threads:1") as one,
         worker_process("--executor", "threads:2") as other,
+        ExitStack() as stack,
     ):
+        if find_spec("distributed"):
+            cluster = DaskCluster(tmp_path_factory.mktemp("dask"), workers=2)
+            DASK["address"] = stack.enter_context(cluster).address
         POOLS.update(threads=threads, processes=processes)
         WORKERS.extend([one.address, other.address])
         for pool in POOLS.values():
@@ -231,6 +247,7 @@ async def test_a_training_has_the_bits_of_the_inline_executor(home: Callable[[],
         pytest.param(lambda: ProcessExecutor(1), id="one process"),
         pytest.param(lambda: ProcessExecutor(3), id="three processes"),
         pytest.param(lambda: ExecutorGroup(*(ThreadExecutor(1) for _ in range(3))), id="three in a group"),
+        pytest.param(lambda: ExecutorGroup(dask(), ThreadExecutor(1)), id="a Dask cluster and a thread"),
         pytest.param(lambda: PoolExecutor(POOLS["processes"], slots=1), id="one of a pool"),
         pytest.param(lambda: PoolExecutor(POOLS["threads"], slots=3), id="three in a pool of two"),
     ],
