@@ -149,10 +149,10 @@ async def bare_dask_rounds(megabytes: float) -> AsyncIterator[Round]:
 
     vector = params_of(megabytes).vector
     number = 0
-    cluster = LocalCluster(  # type: ignore[no-untyped-call]
+    cluster = LocalCluster(
         n_workers=WORKERS, threads_per_worker=1, asynchronous=True, dashboard_address=None, host="127.0.0.1"
     )
-    async with cluster, Client(cluster, asynchronous=True) as client:  # type: ignore[no-untyped-call]
+    async with cluster, Client(cluster, asynchronous=True) as client:
 
         async def round_() -> None:
             nonlocal number

@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -336,7 +336,7 @@ def draw(results: Mapping[str, Sequence[Round]], machine: Mapping[str, object]) 
     axes.set(xscale="log", yscale="log", xlabel="latency of GET /run while it trains, ms", ylabel="share slower")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
-    points = {
+    points: dict[str, tuple[str, Callable[[Round], list[float]]]] = {
         "images": ("images trained on a second", lambda one: [one.rate]),
         "cancel": ("ms from cancel to the stop", lambda one: [value * 1e3 for value in one.stopped]),
         "exit": ("ms from SIGTERM to the exit", lambda one: [one.exit * 1e3]),

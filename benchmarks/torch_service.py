@@ -354,10 +354,13 @@ class Service:
     async def _run(self, name: str, order: Order) -> None:
         loop = asyncio.get_running_loop()
         try:
-            tell = lambda event: loop.call_soon_threadsafe(self._publish, name, event)  # noqa: E731
-            self.training = await asyncio.to_thread(Training, self.runs / name, order, tell)
+
+            def tell(event: dict[str, Any]) -> None:
+                loop.call_soon_threadsafe(self._publish, name, event)
+
+            training = self.training = await asyncio.to_thread(Training, self.runs / name, order, tell)
             if not self._ends:
-                await asyncio.to_thread(self.training.train)
+                await asyncio.to_thread(training.train)
         except (OSError, RuntimeError, ValueError) as error:
             self.error = str(error)
         if not self._ends:

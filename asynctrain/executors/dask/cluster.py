@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import cast
@@ -59,7 +59,7 @@ async def _address_of(keeper: Process, workers: int) -> str:
             if not address:
                 raise WorkerLostError(f"dask:{workers}", "Dask's scheduler did not start")
             async with connected(Client(address, asynchronous=True, set_as_default=False)) as client:
-                await client.wait_for_workers(workers)
+                await cast("Awaitable[None]", client.wait_for_workers(workers))
     except OSError as error:
         raise WorkerLostError(f"dask:{workers}", f"its workers did not start within {START:g} s") from error
     return address

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import CancelledError as Withdrawn
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from asynctrain._aio import ServingGroup, first_of_several
 from asynctrain.errors import ExecutorError
 from asynctrain.executors.base import Tell
 from asynctrain.executors.dask import worker as remote_side
-from asynctrain.executors.dask.link import LOST, Link, Withdrawn
+from asynctrain.executors.dask.link import LOST, Link
 from asynctrain.executors.dask.parameters import Parameters
 from asynctrain.executors.dask.roster import ANSWER, Roster
 from asynctrain.executors.dask.worker import Foreign, Outcome

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,7 +84,7 @@ class _Cluster:
         }
         return self._started("Worker", options), time.monotonic()
 
-    def _started(self, kind: str, options: dict[str, object]) -> subprocess.Popen[bytes]:
+    def _started(self, kind: str, options: Mapping[str, object]) -> subprocess.Popen[bytes]:
         everywhere = {
             "host": HOST,
             "dashboard": False,
@@ -91,7 +92,7 @@ class _Cluster:
             "scheduler_file": str(self._file),
             "local_directory": str(self._folder),
         }
-        specification = {"cls": f"distributed.{kind}", "opts": everywhere | options}
+        specification = {"cls": f"distributed.{kind}", "opts": {**everywhere, **options}}
         return subprocess.Popen(  # noqa: S603 - the command is ours
             [sys.executable, "-P", "-m", "dask", "spec", "--spec", json.dumps(specification)],
             stdin=subprocess.DEVNULL,
