@@ -168,10 +168,9 @@ def flow() -> None:
     for start, end in ((16.7, 23.3), (42.7, 49.3), (70.7, 77.3), (95.7, 102.3)):
         _arrow(axes, (start, 48), (end, 48))
     _arrow(axes, (110, 41.3), (110, 37))
-    for number in range(3):
-        _box(axes, 82 + 12 * number, 25, 9.5, 11, f"compute {number + 1}", "forward,\nbackward", "#e2f0d9")
-        _arrow(axes, (82 + 12 * number, 30.5), (79, 30.5) if number == 0 else (79.8 + 12 * number, 30.5))
-    axes.text(99, 22.5, "Session of an Executor: threads, processes, others", ha="center", fontsize=8.5, color=INK)
+    told = "each microbatch forward and backward,\non a Session of an Executor:\nthreads, processes, other machines"
+    _box(axes, 84, 25, 33, 11, "compute", told, "#e2f0d9")
+    _arrow(axes, (83.3, 30.5), (78.7, 30.5))
     _box(
         axes,
         56,
@@ -189,7 +188,7 @@ def flow() -> None:
     _arrow(axes, (12, 24.3), (12, 17.7))
     _box(axes, 1, 6, 22, 11, "for you", "events, checkpoints,\nsnapshots, progress", OUTSIDE)
     back = FancyArrowPatch(
-        (20, 24.3), (99, 20.6), connectionstyle="arc3,rad=0.2", arrowstyle="-|>", mutation_scale=12, color="#c0392b"
+        (20, 24.3), (99, 24.3), connectionstyle="arc3,rad=0.2", arrowstyle="-|>", mutation_scale=12, color="#c0392b"
     )
     axes.add_patch(back)
     axes.text(60, 9, "broadcast(params, version): the only way back", ha="center", fontsize=9, color="#c0392b")
