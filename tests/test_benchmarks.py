@@ -81,6 +81,7 @@ def test_the_cost_of_serving_is_that_of_a_training_against_itself_round_by_round
 def test_rounds_on_processes_are_held_against_a_bare_loop_and_two_workers_against_one() -> None:
     results: dict[str, list[Any]] = {executors.IDLE: [[0.001] * 10]}
     for size in executors.SIZES:
+        results |= {f"round, Dask, {size} MB": [0.02], f"round, bare Dask, {size} MB": [0.03 / size]}
         results |= {f"round, processes, {size} MB": [0.003, 0.003], f"round, bare loop, {size} MB": [0.002, 0.001]}
         results[f"bytes, {size} MB"] = [{"moved": 100, "allowed": 99 + size}]
     for size in executors.ALLOWED:
@@ -89,6 +90,10 @@ def test_rounds_on_processes_are_held_against_a_bare_loop_and_two_workers_agains
     met = {row.case: (row.ratio, row.met) for row in executors.rows_of(results)}
     assert met["round, processes, 1 MB"][0] == pytest.approx(0.5)
     assert met["round, processes, 1 MB"][1] is False
+    dask = (
+        [met[f"round, Dask, {size} MB"][1] for size in executors.SIZES] if executors.HAS_DASK else [None, False, False]
+    )
+    assert dask == [None, False, False]
     assert met["two workers, processes, 100 ms each"] == (1.8, True)
     assert [met[f"bytes, {size} MB"][1] for size in executors.SIZES] == [True, True, True]
     assert [met[f"heartbeat, {size} MB"][1] for size in (10, 100)] == [False, True]

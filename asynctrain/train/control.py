@@ -117,16 +117,16 @@ class Gap:
     Args:
         requests: what is asked.
         listen: does it, and returns when a pause is over.
-        deadline: of ``time.monotonic``, if there is one.
+        latest: when a wait ends, by the loop's clock; None: never.
 
     Attributes:
         was_cut: whether a wait has been ended before its batch came.
     """
 
-    def __init__(self, requests: Requests, listen: Callable[[], Awaitable[None]], deadline: float | None) -> None:
+    def __init__(self, requests: Requests, listen: Callable[[], Awaitable[None]], latest: float | None) -> None:
         self._requests = requests
         self._listen = listen
-        self._deadline = deadline
+        self._latest = latest
         self._listening = asyncio.Lock()
         self.was_cut = False
         self._wait: asyncio.Timeout | None = None  # that is under way
@@ -135,7 +135,7 @@ class Gap:
     async def next(self, batches: AsyncIterator[T]) -> T | None:
         """Return the next batch; None where there is none, or the wait has been ended. Raises what listening raises."""
         try:
-            async with asyncio.timeout_at(self._latest()) as self._wait:
+            async with asyncio.timeout_at(self._latest) as self._wait:
                 batch = await anext(batches, None)
         except TimeoutError:
             if self._wait is None or not self._wait.expired():
@@ -164,9 +164,3 @@ class Gap:
                     self._error = error
             if (self._requests.stop or self._error is not None) and self._wait is wait and not wait.expired():
                 wait.reschedule(asyncio.get_running_loop().time())
-
-    def _latest(self) -> float | None:
-        """Return when the wait ends, by the loop's clock: a little late, as two clocks may differ."""
-        if self._deadline is None:
-            return None
-        return asyncio.get_running_loop().time() + max(0.0, self._deadline - monotonic()) + 0.01

@@ -299,7 +299,10 @@ class Run:
             self._state = await step.begin(self._begun(state))
             self._step = step
             self._started = self._epoch_started = time.perf_counter()
-            deadline = None if job.limits.seconds is None else time.monotonic() + job.limits.seconds
+            deadline = latest = None
+            if job.limits.seconds is not None:
+                deadline = time.monotonic() + job.limits.seconds
+                latest = asyncio.get_running_loop().time() + job.limits.seconds + 0.01  # two clocks may differ
             await self._tell(self._start_event())
             self._tell_noticed()
             if self._resumed:
@@ -308,7 +311,7 @@ class Run:
                     logging.getLogger("asynctrain").warning("this run goes on, though not as it was: %s", difference)
             await self._settle(session)
             async with ServingGroup() as serving:
-                gap = Gap(self._requests, self._listen_amid_step, deadline)
+                gap = Gap(self._requests, self._listen_amid_step, latest)
                 self._listener = serving.create_task(gap.attend(), name="listen")
                 while not self._is_over(deadline) and (batch := await gap.next(batches)) is not None:
                     await self._apply(session, step, batch, batches)

@@ -77,15 +77,20 @@ def surroundings() -> list[Any]:
     return [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)), *handlers]
 
 
+def workers_besides(others: list[Path]) -> list[Path]:
+    new = (process for process in descendants(os.getpid()) if process not in others)
+    return [process for process in new if "distributed.Worker" in command(process)]
+
+
 async def test_without_an_address_it_starts_workers_of_its_own_and_nothing_of_them_is_left() -> None:
-    before = surroundings()
+    before, others = surroundings(), descendants(os.getpid())
     notices: list[Notice] = []
     async with at.DaskExecutor(workers=2) as executor, at.InlineExecutor() as inline:
         assert (await train(executor)).digest == (await train(executor)).digest == undisturbed()
         assert await gradients(executor) == await gradients(inline), "large results come straight from the workers"
         async with executor.open(PROGRAM, notices.append) as session:
             await until(lambda: session.slots == 2)
-            processes = descendants(os.getpid())
+            processes = [process for process in descendants(os.getpid()) if process not in others]
     joined = [notice.address for notice in notices if isinstance(notice, WorkerJoined)]
     assert len(joined) == 2
     assert all(address.startswith(f"tcp://{HOST}:") for address in joined), "nobody else may reach them"
@@ -101,10 +106,11 @@ async def test_workers_of_its_own_may_take_longer_to_start_than_work_waits_for_o
 
 async def test_a_worker_of_its_own_that_dies_is_replaced() -> None:
     notices: list[Notice] = []
+    others = descendants(os.getpid())
     async with at.DaskExecutor(workers=1) as executor, executor.open(PROGRAM, notices.append) as session:
         await session.broadcast(PARAMS, {}, 0)
         await session.compute(WORK[0], 0)
-        (worker,) = (process for process in descendants(os.getpid()) if "distributed.Worker" in command(process))
+        (worker,) = workers_besides(others)
         os.kill(int(worker.name), signal.SIGKILL)
         await session.compute(WORK[1], 0)
     assert [type(notice) for notice in notices] == [WorkerJoined, WorkerLost, WorkerJoined]
@@ -121,9 +127,10 @@ async def test_closing_it_under_an_open_session_ends_the_session_and_the_workers
 
 async def test_cancelled_while_its_workers_start_it_leaves_none() -> None:
     executor = at.DaskExecutor(workers=1)
+    others = descendants(os.getpid())
     opening = asyncio.create_task(gradients(executor))
-    await until(lambda: any("distributed.Worker" in command(process) for process in descendants(os.getpid())))
-    processes = descendants(os.getpid())
+    await until(lambda: workers_besides(others))
+    processes = [process for process in descendants(os.getpid()) if process not in others]
     opening.cancel()
     await asyncio.wait([opening])
     assert opening.cancelled()

@@ -70,7 +70,7 @@ async def _tidied(server: Any) -> None:
             await asyncio.sleep(0.05)
 
 
-def test_two_hundred_strange_messages_are_each_answered_with_a_status(
+def test_five_hundred_strange_messages_are_each_answered_with_a_status(
     runner: asyncio.Runner, tmp_path: Path, blobs: at.ArrayDataset, model: at.Model
 ) -> None:
-    fuzz(runner, tmp_path, blobs, model, 100)
+    fuzz(runner, tmp_path, blobs, model, 250)
