@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-clients test-oldest test-pythons soak check clients docs bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-service bench-serving bench-sources bench-training clean
+.PHONY: help demo test test-clients test-oldest test-pythons soak check clients docs bench-accuracy bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-service bench-serving bench-sources bench-training clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ check: $(VENV)/.installed-dev ## lint, formatting and types
 docs: $(VENV)/.installed-docs ## build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 	@echo "the documentation is in site/index.html"
+
+bench-accuracy: $(VENV)/.installed-bench $(PEERS)/.installed ## compare what the trainings of bench-training reach, over many seeds
+	$(RUN) -m benchmarks.training --accuracy
 
 bench-executors: $(VENV)/.installed-dev ## measure what it costs to compute in other processes
 	$(RUN) -m benchmarks.executors

@@ -37,6 +37,8 @@ class Job:
         epochs: how many there are.
         rate: Adam's.
         cached: whether asynctrain keeps decoded images in memory for later epochs.
+        home: where asynctrain computes on two CPUs, ``threads`` or ``processes``.
+        kernels: that asynctrain computes with, ``numpy`` or ``numba``.
         workers: of PyTorch's DataLoader.
         threads: PyTorch computes on; None leaves it what it is.
         seed: of order, initial parameters and dropout.
@@ -53,6 +55,8 @@ class Job:
     epochs: int
     rate: float
     cached: bool = False
+    home: str = "threads"
+    kernels: str = "numpy"
     workers: int = 0
     threads: int | None = None
     seed: int = 0
@@ -65,7 +69,7 @@ class Job:
 
 
 def train(job: Job) -> Tested:
-    """Train and test as a script of asynctrain's does, on uvloop and at the library's defaults."""
+    """Train and test as a script of asynctrain's does, on uvloop; but for the job's own settings, at the defaults."""
     import asyncio
 
     import uvloop
@@ -87,8 +91,10 @@ async def _train(job: Job) -> Tested:
         seed=job.seed,
     )
     model = at.models.get(job.model)(num_classes=len(images.classes), image_shape=loader.image_shape)
-    async with at.ThreadExecutor(2) as executor:
-        trainer = at.Trainer(model, optimizer=at.optim.adam(job.rate), executor=executor, seed=job.seed)
+    home = at.ProcessExecutor(2) if job.home == "processes" else at.ThreadExecutor(2)
+    optimizer = at.optim.adam(job.rate)
+    async with home as executor:
+        trainer = at.Trainer(model, optimizer=optimizer, executor=executor, kernels=job.kernels, seed=job.seed)
         await trainer.fit(loader, epochs=job.epochs)
         found = await trainer.evaluate(loader.evaluating(_images(job, "test")))
     return {"accuracy": found.accuracy, "tested": found.samples}

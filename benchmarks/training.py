@@ -1,16 +1,21 @@
 """From image files to a trained and tested network, side by side with PyTorch: ``make bench-training``.
 
 Whole processes are timed, start-up and imports included. Architecture, initial parameters, optimizer, batch size and
-epochs are the same, and so, within 0.3 points, must be the accuracy over the test images, the mean of all rounds, each
-with a seed of its own. What each side does is in ``benchmarks/trainers.py`` and ``benchmarks/torch_trainers.py``.
+epochs are the same, and so, within 0.3 points, must be the accuracy over the test images. What each side does is in
+``benchmarks/trainers.py`` and ``benchmarks/torch_trainers.py``.
 
 The machine should have nothing else to do: where others compute, PyTorch on two threads is many times slower, since the
 threads of OpenMP wait for each other busily, and asynctrain's, which have a lower priority, wait for their turn. How
 busy it was when the measurement began is in the notes.
 
 Each case begins with a round in which memory is watched and time does not count: at every 50 ms the proportional set
-sizes of the process and all those below it are summed. PyTorch's variants that come near the fastest in it take part in
-the rounds that count; of these the one with the best median is what asynctrain is held against.
+sizes of the process and all those below it are summed. Of each side the variants that come near its fastest in it take
+part in the rounds that count, and the one with the best median is the tuned one. PyTorch's differ in workers and
+threads, asynctrain's in kernels (numpy, or numba, which has compiled them before) and home (two threads, or two
+processes). asynctrain is held against PyTorch as the quickstart has it, and tuned.
+
+Accuracies need more runs than have to be timed: ``--accuracy`` trains both sides with as many seeds as a case names and
+times nothing, so that it may run beside other work.
 
 MNIST and the photos are those of the folder that ``ASYNCTRAIN_DATA`` names, unpacked once into the user's cache folder.
 """
@@ -29,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +46,7 @@ from benchmarks.harness import PEERS_PYTHON, Row, child, clean_environment, inte
 from benchmarks.loading import UNPACKED, made, unpack
 from benchmarks.trainers import OURS, TUNED, TUTORIAL, Job
 
+SETTINGS = [("threads", "numpy"), ("threads", "numba"), ("processes", "numpy"), ("processes", "numba")]  # ours
 VARIANTS = [(workers, threads) for workers in (0, 1, 2) for threads in (1, 2)]  # of what is tuned
 NEAR = 1.15  # times the fastest variant's seconds in the first round: up to there a variant takes part in the others
 PERIOD = 0.05  # seconds between two looks at memory
@@ -58,6 +65,7 @@ class Case:
         title: in the table.
         job: what is done; side and seed are put in.
         rounds: how many count; fewer where one takes minutes.
+        seeds: how many runs of each side accuracies are compared by.
         targets: asynctrain's lines, ``CACHED`` or ``NOT_CACHED``, and for each, how many times as fast as each peer it
             is to be.
     """
@@ -65,11 +73,16 @@ class Case:
     title: str
     job: Job
     rounds: int
+    seeds: int
     targets: Mapping[str, Mapping[str, float]]
 
     def ours(self) -> dict[str, Job]:
-        """Return asynctrain's jobs by the names of the table's lines."""
-        return {name: replace(self.job, cached=name == CACHED) for name in self.targets}
+        """Return asynctrain's jobs by name, those of each line from the one at the defaults on."""
+        return {
+            f"{line}, {kernels} on {home}": replace(self.job, cached=line == CACHED, home=home, kernels=kernels)
+            for line in self.targets
+            for home, kernels in SETTINGS
+        }
 
     def peers(self, variants: list[tuple[int, int]]) -> dict[str, Job]:
         """Return PyTorch's jobs by name."""
@@ -83,6 +96,7 @@ class Case:
 
 
 CACHED, NOT_CACHED = "decoded images cached", "no cache"
+DEFAULTS = "numpy on threads"
 
 
 def cases(names: str) -> Iterator[Case]:
@@ -94,19 +108,19 @@ def cases(names: str) -> Iterator[Case]:
 
 def _mnist(title: str) -> Case:
     job = Job(OURS, _unpacked("mnist", "mnist.tar.xz"), "lenet", size=28, channels=1, batch=64, epochs=3, rate=1e-3)
-    return Case(title, job, 5, {CACHED: {TUNED: 1.6, TUTORIAL: 3.0}, NOT_CACHED: {TUNED: 1.2, TUTORIAL: 2.0}})
+    return Case(title, job, 5, 10, {CACHED: {TUNED: 1.6, TUTORIAL: 3.0}, NOT_CACHED: {TUNED: 1.2, TUTORIAL: 2.0}})
 
 
 def _flowers(title: str) -> Case:
     folder = _unpacked("flower_photos_sub", "flower_photos.tar")
     job = Job(OURS, folder, "small_cnn", size=64, channels=3, batch=64, epochs=10, rate=1e-3)
-    return Case(title, job, 6, {CACHED: {TUNED: 1.6, TUTORIAL: 2.5}, NOT_CACHED: {TUNED: 1.2, TUTORIAL: 2.0}})
+    return Case(title, job, 6, 20, {CACHED: {TUNED: 1.6, TUTORIAL: 2.5}, NOT_CACHED: {TUNED: 1.2, TUTORIAL: 2.0}})
 
 
 def _digits(title: str) -> Case:
     folder = made(UNPACKED / "digits", unpack_digits)
     job = Job(OURS, str(folder), "small_cnn", size=8, channels=1, batch=32, epochs=10, rate=3e-3)
-    return Case(title, job, 10, {CACHED: {TUNED: 3.0, TUTORIAL: 3.0}})
+    return Case(title, job, 10, 20, {CACHED: {TUNED: 3.0, TUTORIAL: 3.0}})
 
 
 CASES: dict[str, Callable[[str], Case]] = {
@@ -196,27 +210,44 @@ def measure(case: Case, variants: list[tuple[int, int]], rounds: int) -> tuple[R
     sides = case.ours() | (case.peers(variants) if PEERS_PYTHON.exists() else {})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        _compile(case)
         looks = {name: partial(run, job, count(), folder, watched=True) for name, job in sides.items()}
         watched = interleave(looks, 1)
-        tuned = {name: watched[name][0]["seconds"] for name, job in sides.items() if job.side == TUNED}
-        left_out = {name for name, seconds in tuned.items() if seconds > NEAR * min(tuned.values())}
+        tunable = [TUNED, *case.targets]
+        left_out = {name for start in tunable for name in _slow(watched, start) if not name.endswith(DEFAULTS)}
         runs = {name: partial(run, job, count(), folder) for name, job in sides.items() if name not in left_out}
         return watched, interleave(runs, rounds)
 
 
+def _compile(case: Case) -> None:
+    """Have numba compile what the case needs, which it does once for all processes to come."""
+    child("benchmarks.trainers", replace(case.job, kernels="numba", epochs=1, images=2 * case.job.batch).to_json())
+
+
+def _slow(watched: Results, start: str) -> Iterator[str]:
+    """Yield the variants, whose names begin alike, that are far behind the fastest of them."""
+    seconds = {name: results[0]["seconds"] for name, results in watched.items() if name.startswith(start)}
+    yield from (name for name, took in seconds.items() if took > NEAR * min(seconds.values()))
+
+
 def rows_of(case: Case, watched: Results, results: Results) -> Iterator[Row]:
-    """Yield a row for each of asynctrain's lines, each peer, and each of seconds, memory and accuracy."""
+    """Yield a row for each of asynctrain's lines, each peer, and each of seconds and memory."""
     for line, targets in case.targets.items():
-        title = f"{case.title}, {line}"
-        for side, target in targets.items():
-            variants = [name for name in results if name.startswith(side)]
-            if not variants:
-                yield Row(title, "seconds", _median(results[line]), None, side, None, _spread(results[line]), "", None)
-                continue
-            best = min(variants, key=lambda name: _median(results[name]))
-            yield _faster(title, results[line], results[best], best, target)
-            yield _smaller(title, watched[line][0]["memory"], watched[best][0]["memory"], best)
-            yield _as_accurate(title, results[line], results[best], best)
+        for own in dict.fromkeys((f"{line}, {DEFAULTS}", _best(results, line))):
+            title = f"{case.title}, {own}"
+            for side, target in targets.items():
+                if not any(name.startswith(side) for name in results):
+                    seconds = results[own]
+                    yield Row(title, "seconds", _median(seconds), None, side, None, _spread(seconds), "", None)
+                    continue
+                peer = _best(results, side)
+                yield _faster(title, results[own], results[peer], peer, target)
+                yield _smaller(title, watched[own][0]["memory"], watched[peer][0]["memory"], peer)
+
+
+def _best(results: Results, start: str) -> str:
+    """Return the fastest of the variants whose names begin alike."""
+    return min((name for name in results if name.startswith(start)), key=lambda name: _median(results[name]))
 
 
 def _faster(title: str, ours: list[Result], theirs: list[Result], name: str, target: float) -> Row:
@@ -230,14 +261,31 @@ def _smaller(title: str, ours: float, theirs: float, name: str) -> Row:
     return Row(title, "peak memory, MB", ours / 1e6, theirs / 1e6, name, ratio, 0.0, f"{MEMORY:g}x", ratio >= MEMORY)
 
 
-def _as_accurate(title: str, ours: list[Result], theirs: list[Result], name: str) -> Row:
-    if len({result["tested"] for result in (*ours, *theirs)}) > 1:
-        raise RuntimeError(f"{title}: the sides were tested with different numbers of images")
-    accuracies = [100 * result["accuracy"] for result in ours]
-    own, other = statistics.mean(accuracies), statistics.mean(100 * result["accuracy"] for result in theirs)
-    target = f"at most {CLOSE:g} points below"
-    met = own >= other - CLOSE
-    return Row(title, "test accuracy, %", own, other, name, own / other, spread(accuracies), target, met)
+def accuracies(case: Case) -> dict[str, list[float]]:
+    """Train both sides with each seed, and return the percentage of the test images that each run recognises."""
+    ours = replace(case.job, cached=True)
+    sides = {OURS: ours}
+    if PEERS_PYTHON.exists():
+        sides[TUNED] = replace(ours, side=TUNED, workers=1, threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {name: partial(run, job, count(), Path(folder)) for name, job in sides.items()}
+        results = interleave(runs, case.seeds)
+    if len({result["tested"] for of_side in results.values() for result in of_side}) > 1:
+        raise RuntimeError(f"{case.title}: the sides were tested with different numbers of images")
+    return {name: [100 * result["accuracy"] for result in of_side] for name, of_side in results.items()}
+
+
+def accuracy_row(title: str, ours: list[float], theirs: list[float]) -> tuple[Row, str]:
+    """Return the means beside each other, and a note on how sure their difference is."""
+    own, target = statistics.mean(ours), f"at most {CLOSE:g} points below"
+    title = f"{title}, {len(ours)} seeds"
+    if not theirs:
+        row = Row(title, "test accuracy, %", own, None, "PyTorch", None, spread(ours), target, None)
+        return row, f"{title}: PyTorch was not there"
+    other = statistics.mean(theirs)
+    error = sqrt(sum(statistics.variance(side) / len(side) for side in (ours, theirs)))
+    row = Row(title, "test accuracy, %", own, other, "PyTorch", own / other, spread(ours), target, own >= other - CLOSE)
+    return row, f"{title}: the difference is {own - other:+.2f} points, its standard error {error:.2f}"
 
 
 def _median(results: list[Result]) -> float:
@@ -256,13 +304,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+def compare_accuracies(only: str) -> None:
+    """Write what the sides learn in each case, or print it for those whose title has ``only`` in it."""
+    found = {case.title: accuracies(case) for case in cases(only)}
+    told = [accuracy_row(title, percent[OURS], percent.get(TUNED, [])) for title, percent in found.items()]
+    rows, notes = [row for row, _ in told], [note for _, note in told]
+    if only:
+        print(table(rows), *notes, sep="\n")
+        return
+    report("accuracy", rows, versions(), notes, accuracies=found)
+
+
 def main() -> None:
     """Measure all cases, or those whose title has ``--only`` in it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 epochs of at most 512 images, for a look")
     parser.add_argument("--only", default="", help="the cases whose title has this in it; writes no results")
     parser.add_argument("--rounds", type=int, default=10, help="at most so many of each case")
+    parser.add_argument("--accuracy", action="store_true", help="compare accuracies over many seeds, and time nothing")
     arguments = parser.parse_args()
+    if arguments.accuracy:
+        compare_accuracies(arguments.only)
+        return
     variants = VARIANTS[::3] if arguments.quick else VARIANTS
     load = os.getloadavg()[0]
     rows: list[Row] = []
@@ -279,6 +342,7 @@ def main() -> None:
     notes = [
         "whole processes; memory: the most that all processes of a side had at once (PSS), in a round of its own",
         f"PyTorch keeps no decoded images; {TUNED}: the best of 0 to 2 workers x 1 or 2 threads, channels last",
+        "asynctrain as its quickstart has it, numpy on two threads, and the fastest of its kernels and homes",
         f"the load average when the measurement began: {load:.2f}",
     ]
     if not PEERS_PYTHON.exists():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import asynctrain as at
-from benchmarks import executors, grpc, homes, hosts, kernels, service, serving, steps
+from benchmarks import executors, grpc, homes, hosts, kernels, service, serving, steps, trainers, training
 from benchmarks.steps import Job
 
 OURS = Job("asynctrain", "mlp")
@@ -43,6 +43,26 @@ def test_one_run_with_other_bits_is_told() -> None:
     (same,) = kernels.bit_rows({OURS: took(1, 1), one_worker: took(1, 1)})
     (other,) = kernels.bit_rows({OURS: took(1, 1), one_worker: [*took(1), *took(1, digest="other")]})
     assert (same.met, other.met) == (True, False)
+
+
+def test_a_training_is_told_as_the_quickstart_has_it_and_as_it_is_fastest() -> None:
+    def runs(*seconds: float) -> list[dict[str, float]]:
+        return [{"seconds": value, "memory": 1e8} for value in seconds]
+
+    targets = {training.CACHED: {trainers.TUNED: 1.5}}
+    case = training.Case("MNIST", trainers.Job(trainers.OURS, "", "lenet", 28, 1, 64, 3, 1e-3), 3, 2, targets)
+    default, numba = f"{training.CACHED}, numpy on threads", f"{training.CACHED}, numba on threads"
+    assert {default, numba} < set(case.ours())
+    results = {default: runs(8, 9, 10), numba: runs(6, 5, 7), "PyTorch, tuned, 0": runs(9, 9, 9)}
+    rows = {(row.case, row.metric): (row.ratio, row.met) for row in training.rows_of(case, results, results)}
+    assert rows[f"MNIST, {default}", "seconds"] == (1.0, False)
+    assert rows[f"MNIST, {numba}", "seconds"] == (1.5, True)
+
+
+def test_accuracies_are_means_over_seeds_and_their_difference_has_an_error() -> None:
+    row, note = training.accuracy_row("MNIST", [98.0, 99.0], [98.5, 99.5])
+    assert (row.ours, row.peer, row.met) == (98.5, 99.0, False)
+    assert note.endswith("-0.50 points, its standard error 0.71")
 
 
 @pytest.fixture

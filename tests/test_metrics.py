@@ -238,7 +238,7 @@ async def test_a_run_tells_metrics_in_its_evaluations_and_controllers_monitor_th
     model = at.models.mlp(num_classes=3, image_shape=(6, 6, 1), hidden=(8,))
     metrics: list[Metric] = [TopK(2), PrecisionRecallF1(), ConfusionMatrix(), WorstSamples(5)]
     async with at.ThreadExecutor(2) as executor:
-        trainer = at.Trainer(model, optimizer=at.optim.adamw(1e-2), executor=executor, microbatch=8)
+        trainer = at.Trainer(model, optimizer=at.optim.adamw(1e-2), executor=executor)
         history = await trainer.fit(
             loader,
             epochs=2,
