@@ -1,9 +1,9 @@
 """A web service that trains, beside the same one on PyTorch: ``make bench-service``.
 
-The one is ``examples/fastapi_service`` as it stands, the other ``benchmarks/torch_service.py``: the same endpoints
-around a PyTorch loop in ``asyncio.to_thread``. Both run under uvicorn on uvloop in a process of their own, and train
-the same network on the same photos, with the same batch size and kinds of augmentation. All is observed from this
-process:
+The one is ``examples/fastapi_service`` as it stands, with numpy and with numba, the other
+``benchmarks/torch_service.py``: the same endpoints around a PyTorch loop in ``asyncio.to_thread``. Both run under
+uvicorn on uvloop in a process of their own, and train the same network on the same photos, with the same batch size
+and kinds of augmentation. All is observed from this process:
 
 * latency: ``GET /run`` is asked ``RATE`` times a second while it trains, whether or not earlier answers are there; from
   sending the request to having the whole answer.
@@ -38,6 +38,7 @@ import aiohttp
 import numpy as np
 
 import asynctrain as at
+from asynctrain.nn.kernels import backend
 from benchmarks import harness
 from benchmarks.harness import PEERS_PYTHON, Row, clean_environment, interleave, report, spread
 from benchmarks.loop import quantile
@@ -56,24 +57,31 @@ IMAGES, CLASSES = 1200, 10  # of the photos, four fifths to train on
 ORDER = {"epochs": 1000, "image_size": 64, "batch_size": 64}
 ROOT = Path(__file__).parents[1]
 
+EXAMPLE, TWIN = "examples.fastapi_service.app:create_app", "benchmarks.torch_service:create_app"
+
 Latencies = list[float]  # seconds
+
+
+def _counted(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the services. threads: PyTorch computes on; None leaves it what it is."""
+    """One of the services. threads: it trains on; kernels: that asynctrain trains with."""
 
     name: str
     python: str
     application: str
-    threads: int | None = None
+    threads: int
+    kernels: str = "numpy"
 
 
-OURS = Side("asynctrain", sys.executable, "examples.fastapi_service.app:create_app")
-PEERS = [
-    Side(f"PyTorch, {threads} threads", str(PEERS_PYTHON), "benchmarks.torch_service:create_app", threads)
-    for threads in (2, 1)
+OURS = [
+    Side(f"asynctrain, {kernels}, {_counted(threads)}", sys.executable, EXAMPLE, threads, kernels)
+    for threads, kernels in ((2, "numpy"), (2, "numba"), (1, "numba"))
 ]
+PEERS = [Side(f"PyTorch, {_counted(threads)}", str(PEERS_PYTHON), TWIN, threads) for threads in (2, 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +209,11 @@ def cpu_seconds(pid: int) -> float:
 async def serving(side: Side, home: Path, network: Path) -> AsyncIterator[Server]:
     """Start a service that lives in ``home``; it is gone at the end of the block."""
     port = free_port()
-    threads = {} if side.threads is None else {"STUDIO_THREADS": str(side.threads)}
+    settings = {"STUDIO_THREADS": str(side.threads), "STUDIO_KERNELS": side.kernels}
     process = await asyncio.create_subprocess_exec(
         *(side.python, "-m", "uvicorn", "--factory", side.application, "--loop", "uvloop", "--port", str(port)),
         *("--timeout-graceful-shutdown", "2", "--log-level", "warning", "--no-access-log"),
-        env={**clean_environment(), "STUDIO_HOME": str(home), "STUDIO_NETWORK": str(network), **threads},
+        env={**clean_environment(), "STUDIO_HOME": str(home), "STUDIO_NETWORK": str(network), **settings},
         cwd=ROOT,
     )
     try:
@@ -263,26 +271,34 @@ def rate_of(steps: Mapping[int, float]) -> float:
 
 
 def rows_of(results: Mapping[str, Sequence[Round]]) -> list[Row]:
-    """Compare every figure with that of each peer."""
-    ours = _figures(results[OURS.name])
-    rows = []
-    for peer in [side.name for side in PEERS if side.name in results] or [""]:
-        theirs = _figures(results[peer]) if peer else {}
-        for (case, metric), (own, varies) in ours.items():
-            if not theirs:
-                rows.append(Row(case, metric, own, None, "PyTorch", None, varies, "", None))
-                continue
-            other = theirs[case, metric][0]
-            ratio = own / other if metric == "images/s" else other / own
-            target = "" if metric in NO_TARGET else "1x"
-            rows.append(Row(case, metric, own, other, peer, ratio, varies, target, ratio > 1 if target else None))
-    return rows
+    """Compare every figure of each of ours with that of each peer."""
+    figures = {name: _figures(rounds) for name, rounds in results.items()}
+    peers = [side.name for side in PEERS if side.name in results] or ["PyTorch"]
+    return [
+        _row(f"{side.name}: {case}", metric, own, figures.get(peer, {}).get((case, metric)), peer)
+        for side in OURS
+        for peer in peers
+        for (case, metric), own in figures[side.name].items()
+    ]
+
+
+Figure = tuple[float, float]  # and its spread
+
+
+def _row(case: str, metric: str, ours: Figure, theirs: Figure | None, peer: str) -> Row:
+    own, varies = ours
+    if theirs is None:
+        return Row(case, metric, own, None, peer, None, varies, "", None)
+    other = theirs[0]
+    ratio = own / other if metric == "images/s" else other / own
+    target = "" if metric in NO_TARGET else "1x"
+    return Row(case, metric, own, other, peer, ratio, varies, target, ratio > 1 if target else None)
 
 
 NO_TARGET = ("p50, ms", "images/s", "ms to the answer")
 
 
-def _figures(rounds: Sequence[Round]) -> dict[tuple[str, str], tuple[float, float]]:
+def _figures(rounds: Sequence[Round]) -> dict[tuple[str, str], Figure]:
     """Return each figure, over all rounds, and its spread."""
     latencies = [latency for one in rounds for latency in one.latencies]
     stopped, answered = ([value for one in rounds for value in getattr(one, name)] for name in ("stopped", "answered"))
@@ -321,13 +337,13 @@ def notes_of(results: Mapping[str, Sequence[Round]]) -> list[str]:
 def draw(results: Mapping[str, Sequence[Round]], machine: Mapping[str, object]) -> None:
     """Draw ``benchmarks/results/service.png``: latencies as curves, and a point for each other measurement."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure as matplotlib_figure
     except ImportError:
         print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         return
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = matplotlib_figure.Figure(figsize=(9, 5.5), layout="constrained")
     places = figure.subplot_mosaic([["latency"] * 3, ["images", "cancel", "exit"]])
-    colors = dict(zip(results, ("tab:green", "tab:orange", "tab:red"), strict=False))
+    colors = dict(zip(results, ("tab:green", "tab:blue", "tab:cyan", "tab:orange", "tab:red"), strict=False))
     axes = places["latency"]
     for name, rounds in results.items():
         late = np.sort([latency * 1e3 for one in rounds for latency in one.latencies])
@@ -359,10 +375,11 @@ def main() -> None:
     """Run the rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, for a look; writes no results")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
-    sides = [OURS, *(PEERS if PEERS_PYTHON.exists() else [])]
-    if len(sides) == 1:
+    sides = [*OURS, *(PEERS if PEERS_PYTHON.exists() else [])]
+    backend.get("numba").warm_up(np.float32)  # compiles, once for all processes to come
+    if not PEERS_PYTHON.exists():
         print("PyTorch is left out: there is no .venv-peers (make bench-service makes it)", file=sys.stderr)
     busy = f"the load average when the measurement began: {os.getloadavg()[0]:.2f}"
     delays = random.Random(0)

@@ -159,16 +159,18 @@ def served(late: float, rate: float, stopped: float) -> service.Round:
 def test_a_service_is_better_where_it_answers_sooner_ends_sooner_and_trains_more() -> None:
     fast, slow = served(0.01, 300, 0.1), served(0.04, 150, 0.2)
     two, one = (side.name for side in service.PEERS)
-    rows = service.rows_of({service.OURS.name: [fast, fast], two: [slow, slow], one: [served(0.005, 600, 0.05)] * 2})
-    told = {(row.peer_name, row.case, row.metric): (row.ratio, row.met) for row in rows}
-    for peer, ratio, met in ((two, 4, True), (one, 0.5, False)):
-        found = told[peer, "latency while it trains", "max, ms"]
-        assert found[0] == pytest.approx(ratio)
-        assert found[1] is met
-    assert told[two, "training under load", "images/s"] == (2, None)
-    assert told[one, "training under load", "images/s"] == (0.5, None)
-    assert [told[peer, "cancel", "ms to the stop"][1] for peer in (two, one)] == [True, False]
-    assert [told[peer, "SIGTERM", "ms to the exit"][1] for peer in (two, one)] == [True, False]
+    results = {side.name: [fast, fast] for side in service.OURS}
+    rows = service.rows_of(results | {two: [slow, slow], one: [served(0.005, 600, 0.05)] * 2})
+    for side in service.OURS:
+        told = {(row.peer_name, row.case, row.metric): (row.ratio, row.met) for row in rows if side.name in row.case}
+        for peer, ratio, met in ((two, 4, True), (one, 0.5, False)):
+            found = told[peer, f"{side.name}: latency while it trains", "max, ms"]
+            assert found[0] == pytest.approx(ratio)
+            assert found[1] is met
+        assert told[two, f"{side.name}: training under load", "images/s"] == (2, None)
+        assert told[one, f"{side.name}: training under load", "images/s"] == (0.5, None)
+        for case, metric in (("cancel", "ms to the stop"), ("SIGTERM", "ms to the exit")):
+            assert [told[peer, f"{side.name}: {case}", metric][1] for peer in (two, one)] == [True, False]
 
 
 def test_the_rate_counts_from_when_a_step_was_seen_first_to_when_another_was() -> None:

@@ -2,7 +2,8 @@
 
 uvicorn --factory examples.fastapi_service.app:create_app --loop uvloop --timeout-graceful-shutdown 2
 
-Where things are kept is told by the environment variable ``STUDIO_HOME``, by default ``studio/``.
+The environment tells where things are kept (``STUDIO_HOME``, by default ``studio/``), on how many threads it trains
+(``STUDIO_THREADS``, by default one for each CPU) and with which kernels (``STUDIO_KERNELS``, ``numpy`` or ``numba``).
 """
 
 from __future__ import annotations
@@ -141,10 +142,12 @@ async def wrong(request: Request, error: Exception) -> JSONResponse:
 
 def create_app(home: Path | None = None) -> FastAPI:
     """Return the application; what it has learned and is learning lives in ``home``."""
+    threads, kernels = int(os.environ.get("STUDIO_THREADS", 0)) or None, os.environ.get("STUDIO_KERNELS", "numpy")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with Service(home or Path(os.environ.get("STUDIO_HOME", "studio"))) as app.state.service:
+        place = home or Path(os.environ.get("STUDIO_HOME", "studio"))
+        async with Service(place, threads, kernels) as app.state.service:
             yield  # a run that was interrupted goes on, and at a shutdown it leaves a checkpoint
 
     handlers: dict[int | type[Exception], Any] = {NotNow: not_now, ValueError: wrong, at.errors.DataError: wrong}

@@ -37,13 +37,15 @@ class Order(BaseModel):
 class Service:
     """Images in ``home/images``, a folder per class, and runs in ``home/runs``; ``async with`` keeps it alive.
 
-    The file ``home/current.json`` names the run that is to go on when the service is started again.
+    The file ``home/current.json`` names the run that is to go on when the service is started again. Training computes
+    on ``threads`` threads, None being one for each CPU, with ``kernels``, numpy's or numba's.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, threads: int | None = None, kernels: str = "numpy") -> None:
         self.images = home / "images"
         self.runs = home / "runs"
         self._current = home / "current.json"
+        self._threads, self._kernels = threads, kernels
         self._tasks = asyncio.TaskGroup()
         self._training: asyncio.Task[None] | None = None
         self._news = asyncio.Condition()
@@ -54,7 +56,7 @@ class Service:
     async def __aenter__(self) -> Service:
         self.images.mkdir(parents=True, exist_ok=True)
         self.runs.mkdir(exist_ok=True)
-        self._executor = await at.ThreadExecutor().__aenter__()
+        self._executor = await at.ThreadExecutor(self._threads).__aenter__()
         await self._tasks.__aenter__()
         if self._current.exists():
             about = json.loads(self._current.read_text())
@@ -149,7 +151,8 @@ class Service:
             train, batch_size=order.batch_size, image_size=size, augment=at.augment.standard(), errors="skip", seed=0
         )
         rate = at.optim.cosine(order.learning_rate, steps=order.epochs * loader.batches_per_epoch)
-        trainer = at.Trainer(model, optimizer=at.optim.adamw(rate), executor=self._executor)
+        optimizer = at.optim.adamw(rate)
+        trainer = at.Trainer(model, optimizer=optimizer, executor=self._executor, kernels=self._kernels)
         run_dir = folder / "run"
         begun = run_dir if run_dir.exists() else None
         async with trainer.start(loader, epochs=order.epochs, validate=held_out, run_dir=run_dir, resume=begun) as run:
