@@ -112,9 +112,9 @@ async def test_a_connection_that_is_cut_is_noticed_and_made_again(start: Start, 
     assert len(lost) == 1
 
 
-async def test_a_worker_that_dials_in_dials_again_when_its_coordinator_is_another(start: Start) -> None:
-    async with GrpcExecutor(listen="127.0.0.1:0") as first:
-        address = await first.listening()
+async def test_a_worker_that_dials_in_dials_again_when_its_coordinator_is_another(start: Start, address: str) -> None:
+    async with GrpcExecutor(listen=address) as first:
+        await first.listening()
         start("--connect", address, "--executor", "threads:1")
         before = await trained(first, {})
     async with GrpcExecutor(listen=address) as second:
