@@ -12,8 +12,8 @@ from contextlib import contextmanager
 def kept_port() -> Iterator[int]:
     """Have a port of 127.0.0.1 for servers that come and go, which nobody else is given meanwhile.
 
-    It stays bound to a socket that does not listen, as Linux lets a server be bound there too. Otherwise it might become
-    the near end of any connection on the machine as soon as a server is gone.
+    It stays bound to a socket that does not listen, as Linux lets a server be bound there too. Otherwise, as soon as a
+    server is gone, it might become the near end of any connection of the machine.
     """
     with socket.socket() as keeper:
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

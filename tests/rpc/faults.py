@@ -18,8 +18,8 @@ from asynctrain.arena import digest
 from asynctrain.executors.ledger import Patience
 from asynctrain.rpc import GrpcExecutor
 from asynctrain.train.events import StepEnd
-from tests.rpc.conftest import WorkerProcess, worker_process
 from tests.ports import kept_port
+from tests.rpc.conftest import WorkerProcess, worker_process
 
 Kind = Literal["kill", "drain", "freeze", "slow"]
 KINDS: tuple[Kind, ...] = ("kill", "drain", "freeze", "slow")
