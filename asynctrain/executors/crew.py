@@ -260,7 +260,10 @@ class Crew:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-        await self._tasks.__aexit__(kind, error, traceback)
+        try:
+            await self._tasks.__aexit__(kind, error, traceback)
+        finally:
+            self._members.clear()  # whoever still refers to the session keeps no worker, nor a connection to one
 
     def close(self) -> None:
         """Stop everything at once: what is awaited fails with ``ClosedError``, and so does what is asked later."""

@@ -395,14 +395,17 @@ class Run:
         The state is that after the last step, to which the evaluation belongs: resumed from there it is done again.
         """
         self._save_if_asked()
-        if not self._requests.holds():
-            return
+        while self._requests.holds():  # it may be asked for another while the end of one is told
+            await self._pause()
+            self._save_if_asked()
+
+    async def _pause(self) -> None:
         started = time.perf_counter()
         self._paused = True
         await self._tell(Paused(self._state.step))
-        self._requests.tell_paused()
         while self._requests.holds():
             self._requests.news.clear()
+            self._requests.tell_paused()  # once more to who resumes and pauses in one turn: then this pause goes on
             self._save_if_asked()
             await self._requests.news.wait()
         self._paused = False

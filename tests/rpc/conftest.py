@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 
 import asynctrain as at
 from asynctrain.rpc import Worker, listen
+from tests.ports import kept_port
 from tests.serve.test_security import certificates
 
 __all__ = ["certificates"]
@@ -58,12 +58,6 @@ def worker_process(*arguments: str, **environment: str) -> Iterator[WorkerProces
             process.communicate()
 
 
-def free_address() -> str:
-    """Return an address on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"127.0.0.1:{server.getsockname()[1]}"
-
-
 Start = Callable[..., WorkerProcess]
 
 
@@ -72,6 +66,13 @@ def start() -> Iterator[Start]:
     """Return what starts worker processes, which end with the test."""
     with ExitStack() as stack:
         yield lambda *arguments, **environment: stack.enter_context(worker_process(*arguments, **environment))
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Return an address for servers that come and go."""
+    with kept_port() as port:
+        yield f"127.0.0.1:{port}"
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from asynctrain.arena import digest
 from asynctrain.executors.ledger import Patience
 from asynctrain.rpc import GrpcExecutor
 from asynctrain.train.events import StepEnd
-from tests.rpc.conftest import WorkerProcess, free_address, worker_process
+from tests.ports import kept_port
+from tests.rpc.conftest import WorkerProcess, worker_process
 
 Kind = Literal["kill", "drain", "freeze", "slow"]
 KINDS: tuple[Kind, ...] = ("kill", "drain", "freeze", "slow")
@@ -64,13 +65,15 @@ class Workers:
     """Worker processes at addresses that stay; who ends is started again there."""
 
     def __init__(self, number: int) -> None:
-        self.addresses = [free_address() for _ in range(number)]
         self._stack = ExitStack()
-        self._processes: dict[str, WorkerProcess] = {}
+        self.addresses: list[str] = []
+        self._number = number
+        self._processes: dict[str, WorkerProcess] = {}  # who is at an address; nobody while the next one starts
 
     def __enter__(self) -> Self:
-        for address in self.addresses:
-            self._start(address)
+        for _ in range(self._number):
+            self.addresses.append(f"127.0.0.1:{self._stack.enter_context(kept_port())}")
+            self._start(self.addresses[-1])
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -84,7 +87,9 @@ class Workers:
         """Let a fault happen to one of the first ``among`` workers, and then what makes up for it."""
         await asyncio.sleep(fault.delay)
         address = self.addresses[fault.worker % among]
-        worker = self._processes[address]
+        worker = self._processes.get(address)
+        if worker is None:
+            return
         with suppress(ProcessLookupError):
             if fault.kind in ("freeze", "slow"):
                 worker.send(signal.SIGSTOP)
@@ -94,7 +99,8 @@ class Workers:
             worker.send(signal.SIGCONT)  # it may be frozen, and could not leave
             worker.send(signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
         await asyncio.to_thread(worker.process.wait, 60)
-        if self._processes[address] is worker:
+        if self._processes.get(address) is worker:  # the first of those that wait for its end starts the next one
+            del self._processes[address]
             await asyncio.to_thread(self._start, address)
 
 

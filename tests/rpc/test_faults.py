@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -73,6 +75,18 @@ async def present(executor: GrpcExecutor, workers: int) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_who_keeps_a_session_that_is_over_keeps_no_connection(start: Start) -> None:
+    worker = start("--executor", "threads:1")
+    async with GrpcExecutor(worker.address) as executor, executor.open(Program(MODEL.to_json())) as session:
+        pass
+    async with asyncio.timeout(20):
+        while any("_poll_wrapper" in thread.name for thread in threading.enumerate()):  # gRPC's, while it has a stream
+            gc.collect()
+            await asyncio.sleep(0.02)
+    with pytest.raises(at.errors.ClosedError):
+        await session.broadcast({}, {}, 0)
+
+
 async def test_a_worker_that_is_killed_is_done_without(start: Start) -> None:
     async with two(start) as (executor, workers):
 
@@ -112,9 +126,9 @@ async def test_a_connection_that_is_cut_is_noticed_and_made_again(start: Start, 
     assert len(lost) == 1
 
 
-async def test_a_worker_that_dials_in_dials_again_when_its_coordinator_is_another(start: Start) -> None:
-    async with GrpcExecutor(listen="127.0.0.1:0") as first:
-        address = await first.listening()
+async def test_a_worker_that_dials_in_dials_again_when_its_coordinator_is_another(start: Start, address: str) -> None:
+    async with GrpcExecutor(listen=address) as first:
+        await first.listening()
         start("--connect", address, "--executor", "threads:1")
         before = await trained(first, {})
     async with GrpcExecutor(listen=address) as second:

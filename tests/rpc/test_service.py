@@ -8,7 +8,7 @@ import pytest
 
 import asynctrain as at
 from asynctrain.serve import TrainingClient
-from tests.rpc.conftest import Start, free_address
+from tests.rpc.conftest import Start
 from tests.serve.conftest import blobs, model  # noqa: F401 - fixtures
 from tests.serve.remote import OPTIONS, RATE, trained_here
 from tests.serve.test_command import serving
@@ -26,17 +26,17 @@ async def test_a_clients_run_on_two_worker_processes_has_the_digest_of_a_run_her
     model: at.Model,  # noqa: F811
     tmp_path: Path,
     start: Start,
+    address: str,
     dials: str,
 ) -> None:
     role = ("--executor", "threads:1", "--capacity", "1")
     if dials == "the service":
         home = "grpc://" + ",".join(start(*role).address for _ in range(2))
     else:
-        address = free_address()
         home = f"grpc://listen:{address}"
         for _ in range(2):
             start(*role, "--connect", address)
-    with serving(tmp_path, "--executor", home) as (_, address):
-        async with TrainingClient(address) as client:
+    with serving(tmp_path, "--executor", home) as (_, service):
+        async with TrainingClient(service) as client:
             trained = await client.train(blobs, model=model, optimizer=at.optim.adamw(RATE), **OPTIONS).result()
     assert trained.digest == (await trained_here(blobs, model)).state.digest()

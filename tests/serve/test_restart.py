@@ -19,6 +19,7 @@ from asynctrain.serve import Refused, RemoteRun, TrainingClient
 from asynctrain.serve import asynctrain_pb2 as pb
 from asynctrain.train.events import CheckpointSaved, Event, Resumed, RunEnd, StepEnd
 from asynctrain.train.log import EventLog
+from tests.ports import kept_port
 from tests.serve.conftest import Serving
 from tests.serve.proxy import Proxy
 from tests.serve.remote import FOREVER, OPTIONS, RATE, batches_of, calling, reach, read_until, start_of, status_of
@@ -88,14 +89,14 @@ async def test_a_server_that_is_killed_goes_on_from_the_checkpoint_and_so_does_t
     blobs: at.ArrayDataset, model: at.Model, tmp_path: Path, whole: str
 ) -> None:
     options = LONG | {"optimizer": at.optim.adamw(RATE), "idempotency_key": "mine"}
-    async with served(tmp_path) as (process, address):
-        async with TrainingClient(address) as client, client.train(blobs, model=model, **options) as run:
-            async with asyncio.TaskGroup() as tasks:
+    with kept_port() as port:
+        async with served(tmp_path, port) as (process, address), TrainingClient(address) as client:
+            async with client.train(blobs, model=model, **options) as run, asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(events_of(run))
                 await reach(run, 100)
                 process.send_signal(signal.SIGKILL)
                 await process.wait()
-                async with served(tmp_path, int(address.rpartition(":")[2])):
+                async with served(tmp_path, port):
                     events = await watching
                     trained = await run.result()
                     assert await client.train(blobs, model=model, **options).result() == trained

@@ -19,6 +19,7 @@ from tests.rpc.faults import BATCH, CLASSES, MICROBATCH, MODEL, SIDE
 STEPS = 400
 PACE = 0.01  # seconds after each step, so that there is time for things to happen
 HEARTBEAT = 1.0
+LONGEST = 150.0  # seconds, after which it ends with a traceback of where it waited
 
 
 async def train(executor: at.Executor, stepped: Callable[[int], None], pace: float) -> tuple[str, Counter[str]]:
@@ -51,7 +52,7 @@ async def main(kind: str, addresses: list[str]) -> None:
     )
     mixed = kind == "mixed"
     home = at.ExecutorGroup(at.ThreadExecutor(1), at.ProcessExecutor(1), workers) if mixed else workers
-    async with home as executor:
+    async with asyncio.timeout(LONGEST), home as executor:
         outcome, told = await train(executor, lambda step: print("step", step, flush=True), PACE)  # noqa: T201
     print("told", *(f"{told[name]} {name}" for name in ("WorkerLost", "WorkerJoined", "Speculated")), flush=True)  # noqa: T201
     print("digest", outcome, flush=True)  # noqa: T201

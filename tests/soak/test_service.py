@@ -20,6 +20,7 @@ from hypothesis import given, settings
 import asynctrain as at
 from asynctrain.serve import TrainingClient
 from asynctrain.serve import client as client_module
+from tests.ports import kept_port
 from tests.serve import fuzzing
 from tests.serve.conftest import blobs, grpc_has_ended, model  # noqa: F401 - fixtures
 from tests.serve.remote import OPTIONS, RATE
@@ -132,17 +133,16 @@ async def test_a_server_that_is_killed_at_any_moment_time_and_again_loses_no_ste
     whole = await trained_long(blobs, model, EPOCHS)
     chance = random.Random(0)
     options = LONG | {"epochs": EPOCHS, "optimizer": at.optim.adamw(RATE), "idempotency_key": "mine"}
-    async with served(tmp_path) as (_, address):
-        port = int(address.rpartition(":")[2])
     kills = 0
-    async with TrainingClient(address, patience=600) as client, asyncio.TaskGroup() as tasks:
-        run = client.train(blobs, model=model, **options)
-        watching = tasks.create_task(events_of(run))
-        while not watching.done():
-            pause = chance.uniform(0.05, 1.0) if kills < KILLS else None
-            async with served(tmp_path, port):  # whose end is a kill
-                await asyncio.wait([watching], timeout=pause)
-            kills += not watching.done()
+    with kept_port() as port:
+        async with TrainingClient(f"127.0.0.1:{port}", patience=600) as client, asyncio.TaskGroup() as tasks:
+            run = client.train(blobs, model=model, **options)
+            watching = tasks.create_task(events_of(run))
+            while not watching.done():
+                pause = chance.uniform(0.05, 1.0) if kills < KILLS else None
+                async with served(tmp_path, port):  # whose end is a kill
+                    await asyncio.wait([watching], timeout=pause)
+                kills += not watching.done()
     require_whole(watching.result(), EPOCHS)
     async with served(tmp_path) as (_, address), TrainingClient(address) as client:
         assert (await client.train(blobs, model=model, **options).result()).digest == whole

@@ -85,6 +85,41 @@ async def test_pausing_twice_and_resuming_what_does_not_wait_are_no_errors(
         await run.stop()
 
 
+async def test_a_run_that_is_resumed_and_paused_in_one_turn_stays_paused_and_says_so(
+    trainer: at.Trainer, loader: at.Loader
+) -> None:
+    async with asyncio.timeout(20), trainer.start(loader, epochs=FOREVER) as run:
+        steps = await run.pause()
+        for _ in range(3):
+            run.resume()
+            assert await run.pause() == steps
+        run.resume()
+        await reach(run, steps + 3)
+        await run.stop()
+
+
+async def test_a_pause_that_is_asked_for_while_the_end_of_another_is_told_waits_for_no_batch(
+    trainer: at.Trainer,
+) -> None:
+    feed = Feed()
+    feed.give(1)
+    telling = asyncio.Event()
+
+    async def dawdle(event: Event) -> None:
+        if isinstance(event, Resumed):
+            telling.set()
+            await asyncio.sleep(0.05)
+
+    async with asyncio.timeout(20), trainer.start(feed.loader, epochs=1, callbacks=[dawdle]) as run:
+        await run.pause()  # after the step it is in, or amid the wait for the next batch
+        for _ in range(2):
+            telling.clear()
+            run.resume()
+            await telling.wait()
+            await run.pause()
+        await run.stop()
+
+
 class Slow:
     """A metric that lets an evaluation take a while, and counts its batches."""
 
