@@ -96,8 +96,8 @@ class Recipe:
 
     def make_metrics(self, classes: int) -> list[Metric]:
         """Return what each test measures besides loss and accuracy, for a report to show."""
-        metrics: list[Metric] = [at.metrics.PrecisionRecallF1(), at.metrics.WorstSamples(MISTAKES)]
-        return [*metrics, at.metrics.ConfusionMatrix()] if classes <= LARGEST_MATRIX else metrics
+        worst = at.metrics.WorstSamples(MISTAKES)
+        return [worst, at.metrics.ConfusionMatrix()] if classes <= LARGEST_MATRIX else [worst]
 
     def make_optimizer(self, steps: int) -> Optimizer:
         """Return the optimizer for a run of ``steps`` steps."""
