@@ -13,7 +13,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-clients test-oldest test-pythons soak check clients docs bench-accuracy bench-executors bench-grpc bench-kernels bench-learning bench-loading bench-loop bench-pythons bench-service bench-serving bench-sources bench-training clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## train a classifier of handwritten digits from image files, and try it
 	@$(VENV)/bin/asynctrain demo

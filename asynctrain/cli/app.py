@@ -18,9 +18,11 @@ from asynctrain.cli import train as training
 from asynctrain.cli import use
 from asynctrain.cli import workers as working
 from asynctrain.cli.process import run
-from asynctrain.cli.recipe import OPTIMIZERS, Recipe, make_executor
+from asynctrain.cli.recipe import ERRORS, OPTIMIZERS, Recipe, make_executor
 from asynctrain.nn.kernels.backend import get as get_kernels
-from asynctrain.train.run_folder import CONFIG
+from asynctrain.train.run_folder import CONFIG, RunFolder
+
+MENTIONED = 5  # runs, at most, where a name is none
 
 app = typer.Typer(
     help="Train image classifiers from folders of images.",
@@ -47,7 +49,7 @@ def _known_optimizer(name: str) -> str:
 def _known_executor(text: str) -> str:
     try:
         make_executor(text)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     return text
 
@@ -58,6 +60,12 @@ def _known_kernels(name: str) -> str:
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     return name
+
+
+def _known_errors(policy: str) -> str:
+    if policy not in ERRORS:
+        raise typer.BadParameter(f"errors must be one of {', '.join(ERRORS)}, got {policy!r}")
+    return policy
 
 
 def _between_0_and_1(share: float) -> float:
@@ -96,7 +104,12 @@ def _as_typed(options: dict[str, Any]) -> dict[str, str]:
 def _options_of_run(context: typer.Context, resume: Path | None) -> Path | None:
     """Let the configuration of the run to resume say what the options are that are not given."""
     if resume is not None:
-        _options_from(context, training.run_dir_of(resume) / CONFIG)
+        run_dir = training.run_dir_of(resume)
+        if not RunFolder(run_dir).holds_run():
+            runs = sorted(str(path) for path in resume.glob("*") if RunFolder(path).holds_run())
+            there = f"; there are {', '.join(runs[-MENTIONED:])}" if runs else ""
+            raise typer.BadParameter(f"{resume} is neither the folder of a run nor a checkpoint in one{there}")
+        _options_from(context, run_dir / CONFIG)
     return resume
 
 
@@ -108,10 +121,13 @@ Where = Annotated[
     typer.Option(
         "--executor",
         callback=_known_executor,
-        help="Where to compute: threads, threads:2, processes:2, inline, grpc://HOST:PORT, or grpc://listen:HOST:PORT.",
+        help="Where to compute: threads, threads:2, processes:2, inline, dask, dask:tcp://HOST:PORT, "
+        "grpc://HOST:PORT, or grpc://listen:HOST:PORT.",
     ),
 ]
-ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A file that asynctrain has written.")]
+ModelFile = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A model that asynctrain has written, or the folder of its run.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in a step.")]
 
 
@@ -161,6 +177,12 @@ def train(
     kernels: Annotated[
         str, typer.Option(callback=_known_kernels, help="What computes: numpy, or the faster numba (an extra).")
     ] = "numpy",
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Flip, move and tint images a little; for photos, where there are few.")
+    ] = False,
+    errors: Annotated[
+        str, typer.Option(callback=_known_errors, help="What a broken image does: raise (end), or skip (and tell).")
+    ] = "raise",
     out: Out = None,
     resume: Annotated[
         Path | None,
@@ -200,6 +222,8 @@ def train(
         seed=seed,
         executor=executor,
         kernels=kernels,
+        augment=augment,
+        errors=errors,
     )
     run(lambda: training.train_folder(recipe, out, resume, json))
 

@@ -13,6 +13,7 @@ from PIL import Image
 from asynctrain.data import ImageFolder
 from asynctrain.data.datasets import Dataset, FileSource
 from asynctrain.data.images import FORMATS, quiet_pillow
+from asynctrain.errors import DataError
 
 GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L"})  # Pillow's modes without colour
 LARGEST_SIDE = 64  # pixels, where the user names no size
@@ -40,7 +41,8 @@ def open_data(path: Path, holdout: float, seed: int, side: int | None) -> Data:
         side: height and width of the images; by default that of the images there, at most 64.
 
     Raises:
-        DataError: there is no such folder, or it is not one of images in class folders.
+        DataError: there is no such folder, or it is not one of images in class folders, of at least two classes, with
+            images enough to hold some out.
         ValueError: the test folder has other classes than the training folder.
     """
     test_folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
@@ -51,6 +53,10 @@ def open_data(path: Path, holdout: float, seed: int, side: int | None) -> Data:
         require_classes(test_folder, test.classes, train.classes)
     else:
         train, test = ImageFolder(path).split(1 - holdout, seed=seed)
+    if len(train.classes) < 2:
+        raise DataError(path, f"holds images of one class, {train.classes[0]}; there must be two to tell apart")
+    if not len(test):
+        raise DataError(path, "holds one image of each class, so that none are left to test with")
     return Data(train, test, look(train, side))
 
 

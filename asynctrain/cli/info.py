@@ -27,8 +27,10 @@ _REQUIREMENT = re.compile(r"""(?P<name>[\w.-]+).*?(extra == ["'](?P<extra>[\w.-]
 async def info(as_json: bool) -> None:
     """Tell versions, loop, CPUs, BLAS, extras and numeric fingerprint."""
     facts = gather_facts(asyncio.get_running_loop())
-    for line in _lines(facts):
-        people.print(line, markup=False, soft_wrap=True)
+    lines = list(_lines(facts))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        people.print(f"{name:{width}} {value}", markup=False, soft_wrap=True)
     if as_json:
         to_programs(facts)
 
@@ -83,9 +85,10 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _lines(facts: Mapping[str, Any], within: str = "") -> Iterator[str]:
+def _lines(facts: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the names of the facts, with the names of what they are in, and the facts."""
     for name, value in facts.items():
         if isinstance(value, Mapping):
             yield from _lines(value, f"{within}{name} ")
         else:
-            yield f"{within + name:24} {'not installed' if value is None else value}"
+            yield within + name, "not installed" if value is None else value

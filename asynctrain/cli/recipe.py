@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import asynctrain as at
+from asynctrain.data.datasets import Dataset
+from asynctrain.inference import Metric
 from asynctrain.optim import Optimizer
 from asynctrain.train.controllers import Controller, EarlyStopping
 from asynctrain.train.saving import Saving
@@ -19,6 +21,10 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {  # and the lea
 }
 USUAL_STEPS = 2_000
 WARMUP = 0.05  # of all steps
+CACHED = 2**29  # bytes of decoded images that are kept for later epochs
+ERRORS = ("raise", "skip")
+MISTAKES = 24  # that a report shows
+LARGEST_MATRIX = 50  # classes whose confusion is kept for each epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class Recipe:
         seed: of everything that is drawn.
         executor: as ``make_executor`` takes it.
         kernels: ``numpy`` or ``numba``.
+        augment: whether each image is seen a little different every time.
+        errors: ``raise`` or ``skip``, what to do about a file that is no image.
     """
 
     folder: Path
@@ -58,6 +66,8 @@ class Recipe:
     seed: int = 0
     executor: str = "threads"
     kernels: str = "numpy"
+    augment: bool = False
+    errors: str = "raise"
 
     def epochs_for(self, batches_per_epoch: int) -> int:
         """Return ``epochs``, or else as many as make about 2,000 steps, at least 5 and at most 40."""
@@ -69,6 +79,25 @@ class Recipe:
     def peak(self) -> float:
         """The highest learning rate."""
         return OPTIMIZERS[self.optimizer][1] if self.lr is None else self.lr
+
+    def make_loader(self, dataset: Dataset, image_shape: tuple[int, int, int]) -> at.Loader:
+        """Return the batches of ``dataset`` to train on; its images are decoded once, as far as memory is given."""
+        height, width, channels = image_shape
+        return at.Loader(
+            dataset,
+            batch_size=self.batch_size,
+            image_size=(height, width),
+            channels=channels,
+            augment=at.augment.standard() if self.augment else None,
+            errors="skip" if self.errors == "skip" else "raise",
+            cache=at.data.MemoryCache(CACHED),
+            seed=self.seed,
+        )
+
+    def make_metrics(self, classes: int) -> list[Metric]:
+        """Return what each test measures besides loss and accuracy, for a report to show."""
+        worst = at.metrics.WorstSamples(MISTAKES)
+        return [worst, at.metrics.ConfusionMatrix()] if classes <= LARGEST_MATRIX else [worst]
 
     def make_optimizer(self, steps: int) -> Optimizer:
         """Return the optimizer for a run of ``steps`` steps."""
@@ -132,7 +161,12 @@ EXECUTORS: dict[str, tuple[str, Make]] = {  # by what stands before the colon: h
 
 
 def make_executor(text: str) -> at.Executor:
-    """Return the home that ``text`` stands for: ``inline``, ``threads`` (one for each CPU), ``processes:2``, ..."""
+    """Return the home that ``text`` stands for: ``inline``, ``threads`` (one for each CPU), ``processes:2``, ...
+
+    Raises:
+        ValueError: it stands for none.
+        ModuleNotFoundError: it needs an extra that is not installed; the message says which.
+    """
     kind, colon, rest = text.partition(":")
     try:
         _, make = EXECUTORS[kind if rest or not colon else text]

@@ -37,6 +37,10 @@ async def train_folder(recipe: Recipe, run_dir: Path | None, resumed: Path | Non
     """Train on the images of a folder and say what was reached and how to use it."""
     data = await asyncio.to_thread(open_data, recipe.folder, recipe.holdout, recipe.seed, recipe.image_size)
     run_dir = run_dir or (new_run_dir(recipe.folder) if resumed is None else run_dir_of(resumed))
+    if resumed is None and RunFolder(run_dir).holds_run():
+        raise ValueError(
+            f"--out must be a folder without a run in it, and {run_dir} holds one; --resume {run_dir} goes on with that"
+        )
     outcome = await train(data, recipe, run_dir, resumed)
     report(outcome)
     suggest("predict", Path(outcome.run_dir) / MODEL, str(data.test[0].source))
@@ -53,13 +57,10 @@ async def train(data: Data, recipe: Recipe, run_dir: Path, resumed: Path | None 
         run_dir: the folder of the run; a new one, unless it is that of ``resumed``.
         resumed: a run folder or a checkpoint to go on from.
     """
-    height, width, channels = data.image_shape
-    loader = at.Loader(
-        data.train, batch_size=recipe.batch_size, image_size=(height, width), channels=channels, seed=recipe.seed
-    )
+    loader = recipe.make_loader(data.train, data.image_shape)
     epochs = recipe.epochs_for(loader.batches_per_epoch)
     model = at.models.get(recipe.model)(num_classes=len(loader.classes), image_shape=data.image_shape)
-    chosen = replace(recipe, epochs=epochs, image_size=height, lr=recipe.peak)
+    chosen = replace(recipe, epochs=epochs, image_size=data.image_shape[0], lr=recipe.peak)
     async with make_executor(recipe.executor) as executor:
         trainer = at.Trainer(
             model,
@@ -74,6 +75,7 @@ async def train(data: Data, recipe: Recipe, run_dir: Path, resumed: Path | None 
             epochs=epochs,
             seconds=recipe.seconds,
             validate=data.test,
+            metrics=recipe.make_metrics(len(loader.classes)),
             controllers=recipe.make_controllers(),
             saving=recipe.make_saving(),
             run_dir=run_dir,
@@ -82,6 +84,8 @@ async def train(data: Data, recipe: Recipe, run_dir: Path, resumed: Path | None 
         ) as run:
             await _to_its_end(run, run_dir)
             history = await run.result()
+    if history.evaluations and (bad := len(data.test) - history.evaluations[-1].result.samples):
+        people.print(f"{bad:,} of {len(data.test):,} test images are left out: they cannot be decoded")
     return Outcome(
         test_accuracy=tested_accuracy(history),
         digest=history.state.digest(),
@@ -98,8 +102,11 @@ async def _to_its_end(run: at.Run, run_dir: Path) -> None:
             shown = group.create_task(show(run.events(run.first_event), people), name="show-progress")
             await run.task
             await asyncio.wait([shown])
-    except (asyncio.CancelledError, AsyncTrainError, OSError):
-        _say_where(run_dir)
+    except asyncio.CancelledError:
+        _say_where(run_dir, "interrupted; {done}, {go_on}:")
+        raise
+    except (AsyncTrainError, OSError):
+        _say_where(run_dir, "failed; {done}; when the cause is mended, {go_on}:")
         raise
 
 
@@ -130,10 +137,12 @@ def report(outcome: Outcome) -> None:
     people.print(f"The run is in {outcome.run_dir}; next:", markup=False, soft_wrap=True)
 
 
-def _say_where(run_dir: Path) -> None:
+def _say_where(run_dir: Path, sentence: str) -> None:
+    """Say by ``sentence``, with what is ``done`` and how to ``go_on``, what there is of a run that has ended early."""
     if not RunFolder(run_dir).holds_run():
         return
     paths = checkpoint.find(run_dir)
-    done = f"the last step is in {paths[0]}, go on with" if paths else "no step is done yet, begin anew with"
-    people.print(f"interrupted; {done}:", markup=False, soft_wrap=True)
+    done = f"the last step is in {paths[0]}" if paths else "no step is done yet"
+    told = sentence.format(done=done, go_on="go on with" if paths else "begin anew with")
+    people.print(told, markup=False, soft_wrap=True)
     suggest("train", "--resume", run_dir)

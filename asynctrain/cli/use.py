@@ -10,11 +10,17 @@ import asynctrain as at
 from asynctrain.cli.folders import open_folder, require_classes
 from asynctrain.cli.output import people, percent, to_programs
 from asynctrain.cli.recipe import make_executor
+from asynctrain.train.run_folder import MODEL
+
+
+def load(model: Path) -> at.Classifier:
+    """Return the classifier in a file, or that of a run, whose folder ``model`` is. Blocks."""
+    return at.Classifier.load(model / MODEL if model.is_dir() else model)
 
 
 async def evaluate(model: Path, path: Path, batch_size: int, executor: str, as_json: bool) -> None:
     """Say how well the model recognises the images of ``path``, whose class folders are the model's classes."""
-    classifier = await asyncio.to_thread(at.Classifier.load, model)
+    classifier = await asyncio.to_thread(load, model)
     data = await asyncio.to_thread(open_folder, path)
     require_classes(path, data.classes, classifier.classes)
     height, width, channels = classifier.image_shape
@@ -30,7 +36,7 @@ async def evaluate(model: Path, path: Path, batch_size: int, executor: str, as_j
 
 async def predict(model: Path, images: list[Path], top: int, as_json: bool) -> None:
     """Say what is on each of the images."""
-    classifier = await asyncio.to_thread(at.Classifier.load, model)
+    classifier = await asyncio.to_thread(load, model)
     predictions = await classifier.predict(tuple(images), top_k=top)
     for path, found in zip(images, predictions, strict=True):
         likeliest = ", ".join(f"{name} {percent(share)}" for name, share in found.top)

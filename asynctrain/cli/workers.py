@@ -104,11 +104,12 @@ def executor_at(rest: str) -> at.Executor:
 
     Raises:
         ValueError: it is not of this form, or a file cannot be read.
+        ModuleNotFoundError: the extra is not installed.
     """
     try:
         from asynctrain.rpc import GrpcExecutor
     except ModuleNotFoundError as error:
-        raise ValueError(EXTRA) from error
+        raise ModuleNotFoundError(EXTRA, name=error.name) from error
 
     places, _, query = rest.removeprefix("//").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))

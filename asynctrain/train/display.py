@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol
 
-from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, StepEnd
+from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, SampleSkipped, StepEnd
 
 try:
     from rich.console import Console
@@ -62,6 +62,7 @@ class Display:
         self._epochs: int | None = None
         self._steps: int | None = None
         self._untold = APART  # seconds since the last line
+        self._skipped: set[str] = set()  # what was told to be left out, as it is in each epoch
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -72,6 +73,9 @@ class Display:
                 self._view.show(event.step, f"epoch {_of(event.epoch, self._epochs)}", self._figures(event))
             case EpochEnd():
                 self._end_epoch(event)
+            case SampleSkipped() if event.source not in self._skipped:
+                self._skipped.add(event.source)
+                self._view.say(f"left out {event.source}: {event.reason}")
             case Paused():
                 self._view.say(f"paused after step {event.step:,}")
             case Resumed():
@@ -92,8 +96,8 @@ class Display:
         if event.samples_per_epoch is not None:
             parts.append(f"{event.samples_per_epoch:,} training images")
         if event.epochs is not None:
-            steps = "" if event.steps_per_epoch is None else f" of {event.steps_per_epoch} steps"
-            parts.append(f"{event.epochs} epochs{steps}")
+            steps = "" if event.steps_per_epoch is None else f" of {_counted(event.steps_per_epoch, 'step')}"
+            parts.append(f"{_counted(event.epochs, 'epoch')}{steps}")
         self._view.say(", ".join(parts))
 
     def _figures(self, event: StepEnd) -> str:
@@ -138,7 +142,7 @@ class TerminalView:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -203,6 +207,10 @@ def usual_view() -> View:
 
         return NotebookView(display)
     return TerminalView(Console(stderr=True, highlight=False))
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _of(number: object, total: int | None) -> str:

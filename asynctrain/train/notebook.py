@@ -72,7 +72,7 @@ def html_of(
     from asynctrain.train.report import table
 
     lines = {"training": losses, "validation": [(told.step, told.result.loss) for told in evaluations]}
-    return f"<p>{html.escape(title)}</p>{_bar(progress)}{_curves(lines)}{table(epochs)}"
+    return f"<p>{html.escape(title)}</p>{_bar(progress)}{curves('loss', lines)}{table(epochs)}"
 
 
 def _bar(progress: Progress | None) -> str:
@@ -84,21 +84,24 @@ def _bar(progress: Progress | None) -> str:
     return f"<div><progress{place}></progress> {html.escape(told)}</div>"
 
 
-def _curves(lines: Mapping[str, Points]) -> str:
-    """Return the lines over the steps as an ``<svg>``, with the least and the greatest loss; nothing without points."""
+def curves(what: str, lines: Mapping[str, Points]) -> str:
+    """Return ``what`` of training and validation over the steps as an ``<svg>``, with its least and greatest value.
+
+    Nothing without points.
+    """
     shown = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
     steps = [step for points in shown.values() for step, _ in points]
-    losses = [loss for points in shown.values() for _, loss in points]
+    values = [value for points in shown.values() for _, value in points]
     if not steps:
         return ""
-    left, wide, low, high = min(steps), max(steps) - min(steps) or 1.0, min(losses), max(losses) - min(losses) or 1.0
+    left, wide, low, high = min(steps), max(steps) - min(steps) or 1.0, min(values), max(values) - min(values) or 1.0
 
-    def at(step: float, loss: float) -> str:
-        x, y = (step - left) / wide, (loss - low) / high
+    def at(step: float, value: float) -> str:
+        x, y = (step - left) / wide, (value - low) / high
         return f"{EDGE + x * (WIDTH - 2 * EDGE):.1f},{HEIGHT - EDGE - y * (HEIGHT - 2 * EDGE):.1f}"
 
     drawn = "".join(_line(name, " ".join(at(*point) for point in points)) for name, points in shown.items() if points)
-    scale = _text(EDGE, EDGE - 4, f"loss {max(losses):.4g}") + _text(EDGE, HEIGHT - 4, f"{low:.4g}")
+    scale = _text(EDGE, EDGE - 4, f"{what} {max(values):.4g}") + _text(EDGE, HEIGHT - 4, f"{low:.4g}")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'font-size="11" font-family="sans-serif" style="background:#fff">{drawn}{scale}</svg>'

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from asynctrain._files import write_whole
+from asynctrain.train import notebook
 from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, WorkerJoined, WorkerLost
 from asynctrain.train.history import best_of, last_metric, row_of
 from asynctrain.train.recorded import RecordedRun
@@ -132,18 +133,34 @@ def _curves(run: RecordedRun) -> str:
     try:
         from asynctrain.train import plots
     except ModuleNotFoundError as error:
-        return f"<p>{html.escape(str(error))}</p>"
+        return f"<div>{_plain_curves(run, 'loss')} {_plain_curves(run, 'accuracy')}</div>{_larger(error)}"
     return plots.to_svg(plots.curves(run.epochs, run.evaluations, run.steps))
+
+
+def _plain_curves(run: RecordedRun, figure: str) -> str:
+    """Return the loss or the accuracy over the steps, drawn without matplotlib."""
+    training = notebook.Curve()
+    for step in run.steps:
+        training.add(step.step, getattr(step, figure))
+    tested = [(event.step, getattr(event.result, figure)) for event in run.evaluations]
+    return notebook.curves(figure, {"training": training.points, "validation": tested})
+
+
+def _larger(error: ModuleNotFoundError) -> str:
+    """Return how one gets what is drawn with matplotlib."""
+    return f"<p><small>{html.escape(str(error))}</small></p>"
 
 
 def _confusion(matrix: Any, classes: Sequence[str]) -> str:
     if not matrix:
         return ""
+    names = classes if len(classes) == len(matrix) else ()
     try:
         from asynctrain.train import plots
-    except ModuleNotFoundError as error:
-        return f"<p>{html.escape(str(error))}</p>"
-    names = classes if len(classes) == len(matrix) else ()
+    except ModuleNotFoundError:
+        told = names or [str(label) for label in range(len(matrix))]
+        rows = [(f"is {name}", *row) for name, row in zip(told, matrix, strict=True)]
+        return _rows(("", *(html.escape(name) for name in told)), rows)
     return f'<div class="matrix">{plots.to_svg(plots.confusion_matrix(matrix, names))}</div>'
 
 

@@ -113,7 +113,8 @@ class Service:
             raise NotNow("a run is under way; stop it first")
         counts = await asyncio.to_thread(self.counts)
         if len(counts) < 2 or min(counts.values()) < 2:
-            raise NotNow(f"upload at least two images of at least two classes first; there are {counts}")
+            there = ", ".join(f"{count} of {label}" for label, count in counts.items()) or "none"
+            raise NotNow(f"upload at least two images of at least two classes first; there are {there}")
         name = f"{sum(1 for _ in self.runs.iterdir()):04}"
         await asyncio.to_thread(self._prepare, name, order)
         self._begin(name, order)

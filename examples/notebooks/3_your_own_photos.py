@@ -61,7 +61,7 @@ def draw_folder(folder: Path, kinds: list[str], each: int, seed: int) -> Path:
     return folder
 
 
-folder = Path(photos) if photos else draw_folder(Path(mkdtemp()) / "shapes", ["circles", "squares", "stripes"], 120, 0)
+folder = Path(photos) if photos else draw_folder(Path(mkdtemp()) / "shapes", ["circles", "squares", "stripes"], 200, 0)
 data = at.ImageFolder(folder)
 train, held_out = data.split(0.8, seed=0)
 data, len(train), len(held_out)
@@ -76,11 +76,11 @@ size = (32, 32)
 loader = at.Loader(train, batch_size=32, image_size=size, augment=at.augment.standard(), seed=0)
 model = at.models.small_cnn(num_classes=len(data.classes), image_shape=(*size, 3))
 executor = at.ThreadExecutor()
-rate = at.optim.cosine(2e-3, steps=15 * loader.batches_per_epoch, warmup=10)
+rate = at.optim.cosine(3e-3, steps=20 * loader.batches_per_epoch, warmup=10)
 trainer = at.Trainer(model, optimizer=at.optim.adamw(rate), executor=executor, seed=0)
 history = await trainer.fit(
     loader,
-    epochs=15,
+    epochs=20,
     validate=held_out,
     controllers=[at.EarlyStopping(patience=6)],
     metrics=[at.metrics.ConfusionMatrix(), at.metrics.WorstSamples(8)],
@@ -91,10 +91,10 @@ history
 # Where is it wrong? The confusion matrix has a row for each true class; below are the worst mistakes, as images.
 
 # %%
-history.plot_confusion()
+history.plot_confusion(data.classes)
 
 # %%
-history.plot_mistakes()
+history.plot_mistakes(data.classes)
 
 # %% [markdown]
 # ## Transfer: begin with what was learned before

@@ -119,8 +119,15 @@ def test_flags_that_would_give_other_bits_are_refused_in_one_sentence(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_what_is_no_run_cannot_be_resumed(asynctrain: Asynctrain, tmp_path: Path) -> None:
-    assert asynctrain("train", "--resume", tmp_path).code == 2
+def test_what_is_no_run_cannot_be_resumed_and_the_runs_in_it_are_told(
+    asynctrain: Asynctrain, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    for path in (run.parent, run.parent / "nowhere", run / "model.safetensors"):
+        called = asynctrain("train", "--resume", path)
+        assert called.code == 2
+        assert f"{path} is neither the folder of a run nor a checkpoint in one" in called.stderr
+        assert (f"there are {run}" in called.stderr) == (path == run.parent)
 
 
 def test_patience_ends_a_training_early_with_the_accuracy_of_its_best_epoch(

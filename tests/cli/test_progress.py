@@ -10,7 +10,7 @@ from rich.console import Console
 
 from asynctrain.cli.progress import show
 from asynctrain.inference import EvaluationResult
-from asynctrain.train.events import EpochEnd, Event, RunEnd, RunStart, StepEnd
+from asynctrain.train.events import EpochEnd, Event, RunEnd, RunStart, SampleSkipped, StepEnd
 
 
 async def three_epochs(seconds: float) -> AsyncIterator[Event]:
@@ -31,7 +31,7 @@ async def shown(seconds: float, terminal: bool) -> str:
 
 async def test_a_file_gets_a_line_for_each_epoch() -> None:
     assert (await shown(2.0, terminal=False)).splitlines() == [
-        "1,234 parameters, 100 training images, 3 epochs of 1 steps",
+        "1,234 parameters, 100 training images, 3 epochs of 1 step",
         *(f"epoch {n}/3  loss 0.5000  accuracy 75.00 %  test 87.50 %  50 images/s" for n in (1, 2, 3)),
     ]
 
@@ -39,6 +39,17 @@ async def test_a_file_gets_a_line_for_each_epoch() -> None:
 async def test_of_quick_epochs_the_first_and_the_last_are_told_and_others_at_most_once_a_second() -> None:
     lines = (await shown(0.25, terminal=False)).splitlines()
     assert [line.split()[1] for line in lines[1:]] == ["1/3", "3/3"]
+
+
+async def test_a_sample_that_is_left_out_in_each_epoch_is_told_once() -> None:
+    async def events() -> AsyncIterator[Event]:
+        for epoch in (1, 2):
+            yield SampleSkipped(epoch, 7, "rose/00.png", "is torn")
+
+    console = Console(file=io.StringIO(), width=120)
+    await show(events(), console)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "left out rose/00.png: is torn\n"
 
 
 @pytest.mark.parametrize("part", ["epoch 3/3", "step 3/3", "loss 0.5000", "accuracy 75.0%", "5,000 images/s", "left"])

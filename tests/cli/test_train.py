@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,12 @@ def empty(folder: Path) -> None:
         shutil.rmtree(child)
 
 
+def all_but_one(folder: Path) -> None:
+    for path in folder.glob("*/*"):
+        if path.stem != "00":
+            path.unlink()
+
+
 @pytest.mark.parametrize(
     ("broken", "sentence"),
     [
@@ -156,6 +163,8 @@ def empty(folder: Path) -> None:
         (empty, "is empty"),
         (lambda folder: [path.unlink() for path in folder.glob("rose/*")], "holds no image"),
         (lambda folder: (folder / "rose" / "00.png").write_bytes(b"no image"), "00.png"),
+        (lambda folder: shutil.rmtree(folder / "rose"), "holds images of one class, tulip"),
+        (all_but_one, "none are left to test with"),
     ],
 )
 def test_bad_folders_end_in_one_sentence_and_code_1(
@@ -175,7 +184,7 @@ def test_a_run_folder_is_not_overwritten(asynctrain: Asynctrain, image_folder: P
     before = (trained / "model.safetensors").read_bytes()
     called = asynctrain("train", image_folder, "--out", trained)
     assert called.code == 1
-    assert "holds one" in called.sentence
+    assert f"holds one; --resume {trained} goes on" in called.sentence
     assert (trained / "model.safetensors").read_bytes() == before
 
 
@@ -187,6 +196,55 @@ def test_a_missing_or_foreign_model_file_is_told_in_one_sentence(
     foreign = asynctrain("predict", image, image)
     assert foreign.code == 1
     assert str(image) in foreign.sentence
+
+
+def test_the_folder_of_a_run_stands_for_its_model(asynctrain: Asynctrain, image_folder: Path, trained: Path) -> None:
+    image = image_folder / "rose" / "00.png"
+    assert asynctrain("predict", trained, image, "--json").json["predictions"][0]["label"] == "rose"
+    assert asynctrain("evaluate", trained, image_folder, "--json").json["accuracy"] == 1.0
+
+
+def test_a_broken_image_ends_the_training_or_is_left_out_and_told_as_the_user_wants(
+    asynctrain: Asynctrain, image_folder: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(image_folder, tmp_path / "data" / part)
+    broken = tmp_path / "data" / "train" / "rose" / "00.png"
+    for file in (broken, tmp_path / "data" / "test" / "rose" / "01.png"):
+        file.write_bytes(b"no image")
+    options = ["train", tmp_path / "data", "--model", "linear", "--epochs", 2]
+    ended = asynctrain(*options, "--out", tmp_path / "a")
+    assert ended.code == 1
+    assert "failed; no step is done yet; when the cause is mended, begin anew with:" in ended.stderr
+    told = asynctrain(*options, "--errors", "skip", "--out", tmp_path / "b")
+    assert told.code == 0, told.stderr
+    assert told.stderr.count(f"left out {broken}: is no JPEG") == 1
+    assert "1 of 40 test images are left out" in told.stderr
+
+
+def test_augmented_images_train_other_weights_and_a_configuration_says_so(
+    asynctrain: Asynctrain, image_folder: Path, tmp_path: Path
+) -> None:
+    options = ["train", image_folder, "--model", "linear", "--epochs", 2, "--json"]
+    plain = asynctrain(*options, "--out", tmp_path / "plain").json["digest"]
+    varied = asynctrain(*options, "--augment", "--out", tmp_path / "varied").json["digest"]
+    assert varied != plain
+    config = tmp_path / "varied" / "config.toml"
+    assert asynctrain("train", "--config", config, "--out", tmp_path / "again", "--json").json["digest"] == varied
+
+
+@pytest.mark.parametrize(
+    ("module", "executor", "extra"),
+    [("asynctrain.executors.dask", "dask", "asynctrain[dask]"), ("asynctrain.rpc", "grpc://localhost:1", "grpc]")],
+)
+def test_an_executor_whose_extra_is_missing_is_wrong_usage_and_the_extra_is_told(
+    asynctrain: Asynctrain, image_folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, executor: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    called = asynctrain("train", image_folder, "--executor", executor)
+    assert called.code == 2
+    assert extra in called.stderr
+    assert "Traceback" not in called.stderr
 
 
 def test_a_diverging_training_is_told_in_one_sentence(
@@ -214,6 +272,7 @@ def test_a_diverging_training_is_told_in_one_sentence(
         ["--executor", "inline:2"],
         ["--executor", "dask:2"],
         ["--executor", "abacus"],
+        ["--errors", "ignore"],
         ["--seed", -1],
         ["--no-such-option"],
     ],

@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -47,6 +49,12 @@ def archive() -> bytes:
     return file.getvalue()
 
 
+def command_of_the_readme() -> list[str]:
+    """Return how the README starts the service."""
+    (command,) = re.findall(r"^\$ (uvicorn .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return shlex.split(command)
+
+
 class Server:
     """The service under uvicorn, on a port that stays the same when it is started again."""
 
@@ -60,11 +68,7 @@ class Server:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "uvicorn", "--factory", "examples.fastapi_service.app:create_app"),
-                *("--loop", "uvloop", "--port", str(self.port), "--timeout-graceful-shutdown", "1"),
-                *("--log-level", "warning"),
-            ],
+            [sys.executable, "-m", *command_of_the_readme(), "--port", str(self.port), "--log-level", "warning"],
             env={**os.environ, "STUDIO_HOME": str(self.home)},
             cwd=ROOT,
         )

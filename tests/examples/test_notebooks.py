@@ -38,7 +38,7 @@ def test_a_notebook_is_the_pair_of_its_script_and_has_no_outputs(path: Path) -> 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_in_less_than_a_minute(path: Path, tmp_path: Path) -> None:
     notebook = read(path)
-    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": tmp_path}})
-    asyncio.run(client.async_execute())
+    client = NotebookClient(notebook, resources={"metadata": {"path": tmp_path}})
+    asyncio.run(asyncio.wait_for(client.async_execute(), 60))
     shown = {kind for cell in notebook.cells for output in cell.get("outputs", ()) for kind in output.get("data", ())}
     assert OF_ITS_KIND.get(path.stem, "text/plain") in shown

@@ -52,7 +52,7 @@ def test_a_notebook_sees_a_bar_that_moves_and_at_the_end_the_lines_alone() -> No
     display(RunEnd("finished", 4, 1.0))
     assert "<progress" not in output.html
     assert output.seen[-1]["text/plain"].splitlines() == [
-        "1,234 parameters, 400 training images, 1 epochs of 4 steps",
+        "1,234 parameters, 400 training images, 1 epoch of 4 steps",
         "epoch 1/1  loss 0.5000  accuracy 75.00 %  test 87.50 %  400 images/s",
     ]
 

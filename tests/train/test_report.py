@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,3 +164,13 @@ def test_the_end_of_an_earlier_attempt_is_not_that_of_a_run_under_way(tmp_path: 
     assert run.end is None
     assert run.seconds == 2.0
     assert run.samples_per_second == 4.0
+
+
+def test_without_matplotlib_there_are_curves_and_the_confusion_all_the_same(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "asynctrain.train.plots", None)
+    monkeypatch.delattr("asynctrain.train.plots", raising=False)
+    page = render(RecordedRun.read(run_dir))
+    assert page.count("<polyline") == 4, "loss and accuracy, each of training and validation"
+    assert "<td>is rose</td><td>5</td><td>3</td>" in page
