@@ -1,20 +1,21 @@
 """A crew: several sessions that work as one, any of which may come, go, freeze or fail while a step is under way.
 
-The ledger decides; this module does. It knows the members, makes each attempt a task, and hands results on.
+The ledger decides; this module does. It knows the members, lets them begin what they are to do, and hands results on.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Protocol, Self, TypeVar, overload
 
-from asynctrain._aio import ServingGroup
+from asynctrain._aio import ServingGroup, finished
 from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError, WorkerLostError
-from asynctrain.executors.base import Session, Tell, nobody
+from asynctrain.executors.base import Tell, nobody
 from asynctrain.executors.fingerprint import require_same
 from asynctrain.executors.ledger import (
     FATAL,
@@ -39,9 +40,43 @@ from asynctrain.types import (
     WorkerLost,
 )
 
+T = TypeVar("T")
+
 WORKER_WAIT = 30.0  # seconds
 
+_Result = GradientResult | ForwardResult
+
 ELSEWHERE = WorkerLostError, ClosedError, StaleParametersError  # the home has failed, not the work
+
+
+class MemberSession(Protocol):
+    """What takes part in a crew: a ``Session``, or what is one but for futures in the place of coroutines.
+
+    Of those no task has to be made: what is asked for is begun in that very call. One that owns something which can be
+    killed has a method ``kill()``, called when it is given up.
+    """
+
+    @property
+    def slots(self) -> int:
+        """As a ``Session`` has it."""
+        ...
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """As a ``Session`` has it."""
+        ...
+
+    def broadcast(self, params: Params, model_state: Params, version: int) -> Awaitable[None]:
+        """As a ``Session`` does."""
+        ...
+
+    @overload
+    def compute(self, work: GradientWork, version: int) -> Awaitable[GradientResult]: ...
+    @overload
+    def compute(self, work: ForwardWork, version: int) -> Awaitable[ForwardResult]: ...
+    def compute(self, work: GradientWork | ForwardWork, version: int) -> Awaitable[GradientResult | ForwardResult]:
+        """As a ``Session`` does."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +93,8 @@ class _Member:
     """A session that takes part; ``sending`` gives it the parameters."""
 
     address: str
-    session: Session
-    sending: asyncio.Task[None] | None = None
+    session: MemberSession
+    sending: asyncio.Future[Any] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +106,7 @@ class _Job:
     outcome: _Outcome
 
 
-class _Outcome(asyncio.Future[GradientResult | ForwardResult]):
+class _Outcome(asyncio.Future[_Result]):
     """What a caller of ``compute`` awaits. Cancelling it stops the attempts in that very call.
 
     A task that is cancelled passes the call on, synchronously, to what it awaits; so from the task that trains down to
@@ -99,7 +134,7 @@ class Crew:
         tell: hears of members that come and go, and of work that is computed twice.
 
     It is opened with ``async with``; leaving that stops everything and waits for it. Members stay their owner's to
-    close. One that owns something which can be killed has a method ``kill()``, called when it is given up.
+    close.
     """
 
     def __init__(
@@ -119,7 +154,7 @@ class Crew:
         self._tasks = ServingGroup()
         self._members: dict[str, _Member] = {}
         self._jobs: dict[int, _Job] = {}
-        self._attempts: dict[int, asyncio.Task[None]] = {}  # those that nobody has stopped
+        self._attempts: dict[int, asyncio.Future[_Result | Exception]] = {}  # those that nobody has stopped
         self._parameters: _Parameters | None = None
         self._fingerprint: Mapping[str, str] | None = None
         self._lost: WorkerLost | None = None  # the last
@@ -154,7 +189,7 @@ class Crew:
 
     # Members
 
-    def join(self, member: Session, address: str) -> None:
+    def join(self, member: MemberSession, address: str) -> None:
         """Let ``member`` take part from now on; it gets the present parameters before its first work.
 
         Raises:
@@ -277,8 +312,8 @@ class Crew:
                 job.outcome.set_exception(self._closed_error())
         self._jobs.clear()
         self._parameters = None  # they may be large, and others may still refer to the session
-        for task in self._attempts.values():
-            task.cancel()
+        for attempt in self._attempts.values():
+            attempt.cancel()
         for member in self._members.values():
             if member.sending is not None:
                 member.sending.cancel()
@@ -329,10 +364,10 @@ class Crew:
                 self._send(address)
             case Start():
                 self._start(decision)
-            case Stop(attempt):
-                task = self._attempts.pop(attempt, None)
-                if task is not None:
-                    task.cancel()
+            case Stop(number):
+                attempt = self._attempts.pop(number, None)
+                if attempt is not None:
+                    attempt.cancel()
             case GiveUp(address, reason):
                 if address in self._members:
                     self._part(self._members[address], reason)
@@ -341,62 +376,79 @@ class Crew:
 
     def _send(self, address: str) -> None:
         member, sent = self._members.get(address), self._parameters
-        if member is not None and sent is not None:
-            member.sending = self._tasks.create_task(self._sent(member, sent), name=f"broadcast-{address}")
-
-    async def _sent(self, member: _Member, sent: _Parameters) -> None:
-        try:
-            await member.session.broadcast(sent.params, sent.model_state, sent.version)
-        except Exception as error:
-            self._lose(member, f"it did not take the parameters: {error}")
+        if member is None or sent is None:
             return
-        if self._is_here(member):
-            self._ledger.received(member.address)
-            self._changed.set()
-            self._act()
+        broadcast = partial(member.session.broadcast, sent.params, sent.model_state, sent.version)
+        member.sending = self._begun(broadcast, f"broadcast-{address}")
+        if member.sending.done():
+            self._sent(member, member.sending)
+        else:
+            member.sending.add_done_callback(partial(self._sent, member))
+
+    def _sent(self, member: _Member, sending: asyncio.Future[Exception | None]) -> None:
+        """Enter that a member has taken the parameters, or give it up."""
+        if sending.cancelled() or not self._is_here(member):
+            return
+        if (error := _outcome(sending)) is not None:
+            self.lose(member.address, f"it did not take the parameters: {error}")
+            return
+        self._ledger.received(member.address)
+        self._changed.set()
+        self._act()
 
     def _start(self, start: Start) -> None:
         job, member = self._jobs.get(start.task), self._members.get(start.address)
         if job is None or member is None:  # both were there when this was decided, in this very call
             self._ledger.ended(start.attempt)
             return
-        name = f"attempt-{start.attempt}-{start.address}"
-        task = self._tasks.create_task(self._attempt(start, job, member), name=name)
-        self._attempts[start.attempt] = task
-        task.add_done_callback(lambda _: self._ended(start.attempt, member))
+        compute: Callable[[], Awaitable[_Result]] = partial(member.session.compute, job.work, job.version)
+        attempt = self._begun(compute, f"attempt-{start.attempt}-{start.address}")
+        self._attempts[start.attempt] = attempt
+        attempt.add_done_callback(partial(self._ended, start, member))
         if start.instead_of is not None:
             microbatch = job.work.microbatch if isinstance(job.work, GradientWork) else None
             self._tell(Speculated(start.address, start.instead_of, job.version, microbatch))
 
-    async def _attempt(self, start: Start, job: _Job, member: _Member) -> None:
+    def _begun(self, method: Callable[[], Awaitable[T]], name: str) -> asyncio.Future[T | Exception]:
+        """Call a method of a member, and return what will come of it, be it an error as ``_outcome`` finds it."""
         try:
-            result = await member.session.compute(job.work, job.version)
-        except ELSEWHERE as error:
-            self._lose(member, error.reason if isinstance(error, ExecutorError) else str(error))
+            begun = method()
         except Exception as error:
-            if self._counts(start):
-                job.outcome.set_exception(error)
-        else:
-            if self._counts(start):
-                job.outcome.set_result(result)
-            else:
-                _drop(result)
+            return finished(error)
+        if isinstance(begun, asyncio.Future):
+            return begun
+        task = self._tasks.create_task(_tried(begun), name=name)
+        if isinstance(begun, Coroutine):
+            task.add_done_callback(lambda _: begun.close())  # where it was stopped before it began
+        return task
 
-    def _counts(self, start: Start) -> bool:
-        """Enter that an attempt has an outcome, and return whether it is the one that counts."""
-        self._attempts.pop(start.attempt, None)
+    def _ended(self, start: Start, member: _Member, attempt: asyncio.Future[_Result | Exception]) -> None:
+        """Enter that an attempt is over, be it that it was stopped before it began."""
+        stopped = self._attempts.pop(start.attempt, None) is None
+        if attempt.cancelled():
+            if not stopped:
+                self._lose(member, "its work was cancelled there")
+        elif isinstance(outcome := _outcome(attempt), ELSEWHERE):
+            self._lose(member, outcome.reason if isinstance(outcome, ExecutorError) else str(outcome))
+        else:
+            self._returned(start, outcome)
+            return
+        self._ledger.ended(start.attempt)
+        self._changed.set()
+        self._act()
+
+    def _returned(self, start: Start, outcome: _Result | Exception) -> None:
+        """Enter what an attempt has returned, and hand it on if it is what counts."""
         counts = self._ledger.returned(start.attempt, asyncio.get_running_loop().time())
         self._changed.set()
         self._act()
-        return counts and self._jobs.pop(start.task, None) is not None
-
-    def _ended(self, attempt: int, member: _Member) -> None:
-        """Enter that the task of an attempt is over, be it that it was stopped before it began."""
-        if self._attempts.pop(attempt, None) is not None:
-            self._lose(member, "its work was cancelled there")
-        self._ledger.ended(attempt)
-        self._changed.set()
-        self._act()
+        job = self._jobs.pop(start.task, None) if counts else None
+        if job is None:
+            _drop(outcome)
+        elif isinstance(outcome, Exception):
+            job.outcome.set_exception(outcome)
+        else:
+            job.outcome.set_result(outcome)
 
     def _fail(self, fail: Fail) -> None:
         job = self._jobs.pop(fail.task, None)
@@ -441,7 +493,21 @@ class Crew:
         return f"<Crew {self._address}, {state}>"
 
 
-def _drop(result: GradientResult | ForwardResult) -> None:
+async def _tried(method: Awaitable[T]) -> T | Exception:
+    """Return what ``method`` does, an error too: raised in a task of a group, that would end all the others."""
+    try:
+        return await method
+    except Exception as error:
+        return error
+
+
+def _outcome(future: asyncio.Future[T]) -> T | Exception:
+    """Return what has come of a future, be it an error that it raises or one that it returns."""
+    error = future.exception()
+    return error if isinstance(error, Exception) else future.result()
+
+
+def _drop(outcome: _Result | Exception) -> None:
     """Give back the arrays of a result that nobody takes."""
-    if isinstance(result, GradientResult):
-        result.release()
+    if isinstance(outcome, GradientResult):
+        outcome.release()

@@ -11,9 +11,9 @@ task one result is accepted, the first; since work is pure it does not matter wh
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from statistics import median
 from typing import Literal
@@ -215,9 +215,14 @@ class Ledger:
         self._attempts: dict[int, _Attempt] = {}
         self._alone_since: float | None = None
         self._decided: list[Decision] = []
-        self.statistics = Statistics()
+        self._counts: Counter[str] = Counter()
 
     # What is so
+
+    @property
+    def statistics(self) -> Statistics:
+        """What became of results and workers so far."""
+        return Statistics(**self._counts)
 
     @property
     def slots(self) -> int:
@@ -313,11 +318,11 @@ class Ledger:
         ended = self._attempts.pop(attempt)
         ended.worker.attempts.discard(attempt)
         if ended.worker.gone or ended.task not in self._tasks:
-            self._count("duplicates" if ended.superseded else "late")
+            self._counts["duplicates" if ended.superseded else "late"] += 1
             return False
         ended.worker.strikes = ended.worker.benched = 0
         self._pace.add(now - ended.started)
-        self._count("accepted")
+        self._counts["accepted"] += 1
         self._tasks[ended.task].attempts.remove(attempt)
         for other in self._tasks[ended.task].attempts:
             self._attempts[other].superseded = True
@@ -386,7 +391,7 @@ class Ledger:
             self._begin(self._waiting.pop(0), worker, now)
         for number, task in self._tasks.items():
             if task.overdue and task.edition == self._edition and (worker := self._free_worker(task)):
-                self._count("speculated")
+                self._counts["speculated"] += 1
                 self._begin(number, worker, now, self._attempts[task.attempts[-1]].worker.address)
 
     def _free_worker(self, task: _Task | None = None) -> _Worker | None:
@@ -432,7 +437,7 @@ class Ledger:
         """Take a worker off the ledger; what it computes is to be computed by others."""
         del self._workers[worker.address]
         worker.gone = True
-        self._count("lost")
+        self._counts["lost"] += 1
         for attempt in sorted(worker.attempts):
             self._decided.append(Stop(attempt))
             task = self._tasks.get(self._attempts[attempt].task)
@@ -447,6 +452,3 @@ class Ledger:
         if not task.attempts:
             task.overdue = False
             insort(self._waiting, number)
-
-    def _count(self, name: str) -> None:
-        self.statistics = replace(self.statistics, **{name: getattr(self.statistics, name) + 1})

@@ -35,6 +35,6 @@ class Inbox:
             end = _HEADER.size + _HEADER.unpack_from(self._bytes)[0]
             if len(self._bytes) < end:
                 return
-            body = bytes(self._bytes[_HEADER.size : end])
+            body = self._bytes[_HEADER.size : end].decode()
             del self._bytes[:end]
             yield json.loads(body)

@@ -11,16 +11,17 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any, Self, overload
 
 import numpy as np
 
-from asynctrain._aio import ServingGroup, first_of_several, in_thread, step_back
+from asynctrain._aio import ServingGroup, finished, first_of_several, in_thread, step_back
 from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError, WorkerLostError
 from asynctrain.executors.base import Session, Tell, nobody
 from asynctrain.executors.crew import WORKER_WAIT, Crew
@@ -60,28 +61,32 @@ class _SharedBoard(Board):
 
 
 class _OwnSlot(Slot):
-    """A slot as the parent knows it. holders: the worker that computes in it, and the caller that reads it."""
+    """A slot as the parent knows it."""
 
     def __init__(self, places: Places, number: int, size: int) -> None:
         super().__init__(places, Block.create(size))
         self.number = number
-        self.holders = 0
 
 
-class _Answer(asyncio.Future[Message]):
-    """What the worker will answer. Cancelling it sets the work's stop flag in that very call."""
+class _Outcome(asyncio.Future[GradientResult | ForwardResult]):
+    """What will come of a piece of work. Cancelling it sets the work's stop flag in that very call."""
 
     def __init__(self, stop: SharedStopFlag) -> None:
         super().__init__()
         self._stop = stop
 
     def cancel(self, msg: Any | None = None) -> bool:
-        self._stop.set()
+        if not self.done():
+            self._stop.set()
         return super().cancel(msg)
 
 
 class _Member:
-    """One session on one worker: a member of the session's crew."""
+    """One session on one worker: a member of the session's crew.
+
+    A slot is in nobody's hands, and may be given to the next work, once the worker is through with it and the caller
+    has released the result that lies in it.
+    """
 
     slots = 1
 
@@ -94,44 +99,70 @@ class _Member:
         self._has_state = False
         self._version: int | None = None
         self._slots: dict[int, _OwnSlot] = {}
-        self._free: list[_OwnSlot] = []
+        self._free: dict[int, _OwnSlot] = {}
 
-    async def broadcast(self, params: Params, model_state: Params, version: int) -> None:
+    def broadcast(self, params: Params, model_state: Params, version: int) -> asyncio.Future[None]:
         """Take the board whose parameters these are for the present ones."""
         self._board = self._session.board_of(params)
         self._has_state = bool(model_state)
         self._version = version
         self._worker.map(self._board.number, self._board.block, writable=False)
+        return finished(None)
 
     @overload
-    async def compute(self, work: GradientWork, version: int) -> GradientResult: ...
+    def compute(self, work: GradientWork, version: int) -> Awaitable[GradientResult]: ...
     @overload
-    async def compute(self, work: ForwardWork, version: int) -> ForwardResult: ...
-    async def compute(self, work: GradientWork | ForwardWork, version: int) -> GradientResult | ForwardResult:
+    def compute(self, work: ForwardWork, version: int) -> Awaitable[ForwardResult]: ...
+    def compute(self, work: GradientWork | ForwardWork, version: int) -> Awaitable[GradientResult | ForwardResult]:
+        """Begin ``work``, in this very call unless its pixels are many."""
         if self._board is None or version != self._version:
             raise StaleParametersError(self._worker.address, self._version, version)
-        board, has_state = self._board, self._has_state
-        board.readers += 1
-        try:
-            inputs = _Inputs(self._places, work)
-            slot = await self._filled_slot(inputs)
-        except BaseException:
-            board.readers -= 1
-            raise
-        slot.holders = 2
-        message = {"session": self._session.number, "board": board.number, "slot": slot.number, **inputs.to_json()}
-        answer = _Answer(slot.stop)
-        self._worker.request({**message, "state": has_state}, answer, then=partial(self._through, board, slot))
-        try:
-            sums = _sums(self._worker.checked(await answer))
-            if isinstance(work, GradientWork):
-                return GradientResult(slot.gradients, sums, slot.statistics, partial(self._let_go, slot))
-            outputs = inputs.outputs.of(slot.block).copy()
-        except BaseException:
+        inputs = _Inputs(self._places, work)
+        slot = self._take_slot(inputs.end)
+        asked = _Asked(self._board, self._has_state, inputs, slot, _Outcome(slot.stop))
+        asked.board.readers += 1
+        if inputs.nbytes <= COPIED_AT_ONCE:
+            inputs.write(slot.block)
+            self._request(asked)
+        else:
+            copying = self._session.copying(partial(inputs.write, slot.block))
+            copying.add_done_callback(partial(self._copied, asked))
+        return asked.outcome
+
+    def _copied(self, asked: _Asked, copying: asyncio.Future[None]) -> None:
+        """Go on with what lies in its slot now, if it is still wanted."""
+        error = copying.exception()
+        if error is None and not asked.outcome.done():
+            self._request(asked)
+        else:
+            self._answered(asked, error or {})
+
+    def _request(self, asked: _Asked) -> None:
+        message = {
+            "session": self._session.number,
+            "board": asked.board.number,
+            "state": asked.has_state,
+            "slot": asked.slot.number,
+            **asked.inputs.to_json(),
+        }
+        self._worker.request(message, partial(self._answered, asked))
+
+    def _answered(self, asked: _Asked, answer: Message | BaseException) -> None:
+        """Hand on what the worker has answered, which is through with the board and the slot."""
+        asked.board.readers -= 1
+        slot, outcome, outputs = asked.slot, asked.outcome, asked.inputs.outputs
+        if outcome.done():  # it was cancelled
             self._let_go(slot)
-            raise
-        self._let_go(slot)
-        return ForwardResult(outputs, sums)
+        elif isinstance(answer, BaseException):
+            self._let_go(slot)
+            outcome.set_exception(answer)
+        elif outputs is None:
+            release = partial(self._let_go, slot)
+            outcome.set_result(GradientResult(slot.gradients, Sums(*answer["sums"]), slot.statistics, release))
+        else:
+            predictions = outputs.of(slot.block).copy()
+            self._let_go(slot)
+            outcome.set_result(ForwardResult(predictions, Sums(*answer["sums"])))
 
     def kill(self) -> None:
         """End the process; other sessions on it lose it too."""
@@ -144,24 +175,15 @@ class _Member:
         self._slots.clear()
         self._free.clear()
 
-    async def _filled_slot(self, inputs: _Inputs) -> _OwnSlot:
-        slot = self._take_slot(inputs.end)
-        slot.stop.clear()
-        try:
-            await self._session.copied(inputs.nbytes, partial(inputs.write, slot.block))
-        except BaseException:  # a thread may be writing to it still
-            self._drop(slot)
-            raise
-        return slot
-
     def _take_slot(self, size: int) -> _OwnSlot:
         """Return a slot of at least ``size`` bytes that is in nobody's hands; a new one where there is none."""
-        slot = next((slot for slot in self._free if slot.block.size >= size), None)
+        slot = next((slot for slot in self._free.values() if slot.block.size >= size), None)
         if slot is not None:
-            self._free.remove(slot)
+            del self._free[slot.number]
+            slot.stop.clear()
             return slot
         if self._free:
-            self._drop(self._free.pop())
+            self._drop(self._free.popitem()[1])
         behind = size - self._places.inputs_offset
         roomy = self._places.inputs_offset + (1 << behind.bit_length())  # the next work may be a little larger
         slot = _OwnSlot(self._places, self._session.new_number(), roomy)
@@ -174,14 +196,20 @@ class _Member:
         del self._slots[slot.number]
         self._worker.unmap(slot.number)
 
-    def _through(self, board: _SharedBoard, slot: _OwnSlot) -> None:
-        board.readers -= 1
-        self._let_go(slot)
-
     def _let_go(self, slot: _OwnSlot) -> None:
-        slot.holders -= 1
-        if slot.holders == 0 and slot.number in self._slots:
-            self._free.append(slot)
+        if slot.number in self._slots:
+            self._free[slot.number] = slot
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A piece of work that is asked of a worker: with which parameters, what comes with it, where, and its outcome."""
+
+    board: _SharedBoard
+    has_state: bool
+    inputs: _Inputs
+    slot: _OwnSlot
+    outcome: _Outcome
 
 
 class _Inputs:
@@ -195,32 +223,28 @@ class _Inputs:
         self._work = work
         self._arrays = [array for array in (work.images, work.labels, work.weights) if array is not None]
         self._pieces = places.inputs(self._arrays)
-        self.outputs = places.outputs(self._pieces[-1], len(work.images))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self._arrays)
-
-    @property
-    def end(self) -> int:
-        return self.outputs.end
+        last = self._pieces[-1]
+        self.outputs = places.outputs(last, len(work.images)) if isinstance(work, ForwardWork) else None
+        self.nbytes = sum(array.nbytes for array in self._arrays)
+        self.end = (self.outputs or last).end
 
     def write(self, block: Block) -> None:
         for piece, array in zip(self._pieces, self._arrays, strict=True):
             piece.of(block)[...] = array
 
     def to_json(self) -> Message:
-        pieces = iter(piece.to_json() for piece in self._pieces)
-        arrays = (self._work.images, self._work.labels, self._work.weights)
-        message: Message = {"inputs": [None if array is None else next(pieces) for array in arrays]}
-        if isinstance(self._work, GradientWork):
-            keys = {"step": self._work.step, "microbatch": self._work.microbatch, "of": self._work.of}
-            return {"do": "gradients", **message, **keys}
-        return {"do": "forward", **message, "outputs": self.outputs.to_json()}
-
-
-def _sums(answer: Message) -> Sums:
-    return Sums(*answer["sums"])  # it may also say "stopped", but then nobody awaits it
+        work, pieces = self._work, iter(self._pieces)
+        arrays = (work.images, work.labels, work.weights)
+        inputs = [None if array is None else next(pieces).to_json() for array in arrays]
+        if isinstance(work, GradientWork):
+            return {
+                "do": "gradients",
+                "inputs": inputs,
+                "step": work.step,
+                "microbatch": work.microbatch,
+                "of": work.of,
+            }
+        return {"do": "forward", "inputs": inputs, "outputs": self.outputs and self.outputs.to_json()}
 
 
 class _ProcessSession:
@@ -281,7 +305,11 @@ class _ProcessSession:
         if nbytes <= COPIED_AT_ONCE:
             copy()
         else:
-            await asyncio.get_running_loop().run_in_executor(self._copying, copy)
+            await self.copying(copy)
+
+    def copying(self, copy: Callable[[], None]) -> asyncio.Future[None]:
+        """Have a thread call ``copy``."""
+        return asyncio.get_running_loop().run_in_executor(self._copying, copy)
 
     def board_of(self, params: Params) -> _SharedBoard:
         """Return the board whose parameters are ``params``."""

@@ -27,8 +27,8 @@ BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 RECEIVED_AT_ONCE = 2**16  # bytes
 
 
-def _nothing() -> None:
-    return None
+Answered = Callable[[Message | Exception], None]
+"""Takes what a request was answered with, or the error that it told of."""
 
 
 class WorkerProcess:
@@ -44,7 +44,7 @@ class WorkerProcess:
         self._connection = started.connection
         self._pulse = started.pulse
         self._numbers = count()
-        self._asked: dict[int, tuple[asyncio.Future[Message], Callable[[], None]]] = {}
+        self._asked: dict[int, Answered] = {}
         self._mapped: set[int] = set()
         self._inbox = Inbox()
         self._unsent: deque[tuple[bytes, list[int]]] = deque()  # with their descriptors
@@ -71,24 +71,17 @@ class WorkerProcess:
     async def ask(self, message: Message) -> Message:
         """Return the answer to ``message``; raises what it tells of, or ``WorkerLostError``."""
         answer: asyncio.Future[Message] = self._loop.create_future()
-        self.request(message, answer)
-        return self.checked(await answer)
+        self.request(message, partial(_set, answer))
+        return await answer
 
-    def request(self, message: Message, answer: asyncio.Future[Message], then: Callable[[], None] = _nothing) -> None:
-        """Send ``message``; ``then`` is called when the process is through with it, though nobody awaits the answer."""
+    def request(self, message: Message, answered: Answered) -> None:
+        """Send ``message`` with an ``id``; ``answered`` is called when the process is through with it, or is gone."""
         if self.gone.done():
-            then()
-            answer.set_exception(WorkerLostError(self.address, self.gone.result()))
+            answered(WorkerLostError(self.address, self.gone.result()))
             return
-        number = next(self._numbers)
-        self._asked[number] = answer, then
-        self.send({**message, "id": number})
-
-    def checked(self, answer: Message) -> Message:
-        """Return ``answer``, or raise the error that it tells of."""
-        if "error" in answer:
-            raise rebuilt(answer["error"], self.address)
-        return answer
+        message["id"] = number = next(self._numbers)
+        self._asked[number] = answered
+        self.send(message)
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Send a message that has no answer, once there is room in the socket; its descriptors may be closed now."""
@@ -142,11 +135,9 @@ class WorkerProcess:
         self._unsent.clear()
         if self._timer is not None:
             self._timer.cancel()
-        for answer, then in self._asked.values():
-            then()
-            if not answer.done():
-                answer.set_exception(WorkerLostError(self.address, reason))
-        self._asked.clear()
+        asked, self._asked = self._asked, {}
+        for answered in asked.values():
+            answered(WorkerLostError(self.address, reason))
         if not self.ready.done():
             self.ready.set_exception(WorkerLostError(self.address, reason))
 
@@ -173,10 +164,9 @@ class WorkerProcess:
 
     def _take(self, message: Message) -> None:
         if "id" in message:
-            answer, then = self._asked.pop(message["id"], (None, _nothing))  # lost while its messages were read
-            then()
-            if answer is not None and not answer.done():
-                answer.set_result(message)
+            answered = self._asked.pop(message["id"], None)
+            if answered is not None:  # it was not lost while its messages were read
+                answered(rebuilt(message["error"], self.address) if "error" in message else message)
         elif "hello" in message and not self.ready.done():
             self.ready.set_result(None)
             self._beat()
@@ -206,6 +196,15 @@ class WorkerProcess:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(seconds, function)
+
+
+def _set(future: asyncio.Future[Message], answer: Message | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
 
 
 def _close(descriptors: Iterable[int]) -> None:

@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 import pytest
 
+import asynctrain as at
 from asynctrain import nn, optim
 from asynctrain._aio import thread_pool
 from asynctrain.arena import Array
@@ -39,9 +40,13 @@ DASK: dict[str, str] = {}  # likewise: the address of a scheduler
 
 def dask() -> Executor:
     pytest.importorskip("distributed", reason="needs the extra dask")
-    from asynctrain.executors import DaskExecutor
+    return at.DaskExecutor(DASK["address"])
 
-    return DaskExecutor(DASK["address"])
+
+def own_dask(workers: int) -> Executor:
+    """Return a Dask cluster of the executor's own."""
+    pytest.importorskip("distributed", reason="needs the extra dask")
+    return at.DaskExecutor(workers=workers)
 
 
 HOMES: dict[str, Callable[[], Executor]] = {
@@ -75,8 +80,8 @@ WORK = [GradientWork(0, i, 2, IMAGES[8 * i : 8 * i + 8], LABELS[8 * i : 8 * i + 
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Have pools and a cluster that are warm before the first test, which is not to be blamed for what they keep."""
     with (
-        futures.ThreadPoolExecutor(2) as threads,
-        futures.ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes,
+        futures.ThreadPoolExecutor(3) as threads,
+        futures.ProcessPoolExecutor(3, mp_context=get_context("spawn")) as processes,
         worker_process("--executor", "threads:1") as one,
         worker_process("--executor", "threads:2") as other,
         ExitStack() as stack,
@@ -249,12 +254,45 @@ async def test_a_training_has_the_bits_of_the_inline_executor(home: Callable[[],
         pytest.param(lambda: ExecutorGroup(*(ThreadExecutor(1) for _ in range(3))), id="three in a group"),
         pytest.param(lambda: ExecutorGroup(dask(), ThreadExecutor(1)), id="a Dask cluster and a thread"),
         pytest.param(lambda: PoolExecutor(POOLS["processes"], slots=1), id="one of a pool"),
-        pytest.param(lambda: PoolExecutor(POOLS["threads"], slots=3), id="three in a pool of two"),
+        pytest.param(lambda: PoolExecutor(POOLS["threads"], slots=4), id="four in a pool of three"),
     ],
 )
 async def test_so_it_has_with_other_numbers_of_workers(make: Callable[[], Executor]) -> None:
     async with make() as executor:
         assert await digest(executor, "lenet with dropout") == expected("lenet with dropout")
+
+
+def group_of(workers: int) -> Executor:
+    """Return a group of homes of one worker each, no two of a kind."""
+    homes: list[Callable[[], Executor]] = [
+        lambda: ProcessExecutor(1),
+        lambda: own_dask(1),
+        lambda: ExecutorGroup(PoolExecutor(POOLS["processes"], slots=1)),
+    ]
+    return ExecutorGroup(*(home() for home in homes[:workers]))
+
+
+KINDS: dict[str, Callable[[int], Executor]] = {
+    "threads by microbatch": lambda workers: ThreadExecutor(workers, split="microbatches"),
+    "threads by layer": lambda workers: ThreadExecutor(workers, split="layers"),
+    "processes": ProcessExecutor,
+    "Dask": own_dask,
+    "a pool of threads": lambda workers: PoolExecutor(POOLS["threads"], slots=workers),
+    "a pool of processes": lambda workers: PoolExecutor(POOLS["processes"], slots=workers),
+    "a group": group_of,
+}
+
+
+@pytest.mark.soak
+@pytest.mark.one_loop
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_so_it_has_on_every_kind_of_home_with_one_two_and_three_workers(
+    kind: str, workers: int, name: str
+) -> None:
+    async with KINDS[kind](workers) as executor:
+        assert await digest(executor, name) == expected(name)
 
 
 def at_an_odd_offset(array: Array) -> Array:

@@ -445,6 +445,36 @@ async def test_large_parameters_and_pixels_travel_whole_and_are_copied_in_a_thre
     assert threading.main_thread() not in copiers
 
 
+async def test_cancelled_while_pixels_are_copied_nothing_is_computed_and_the_session_stays_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = nn.Model([Counting(str(tmp_path)), nn.Flatten(), nn.Dense(3)], input_shape=(128, 96, 1))
+    images = RNG.integers(0, 256, (100, 128, 96, 1), dtype=np.uint8)  # more than a megabyte
+    work = GradientWork(0, 0, 1, images, RNG.integers(0, 3, 100))
+    copying, may_copy = threading.Event(), threading.Event()
+    plain_write = process._Inputs.write
+
+    def slow_write(inputs: process._Inputs, block: Block) -> None:
+        copying.set()
+        assert may_copy.wait(PATIENCE)
+        plain_write(inputs, block)
+
+    monkeypatch.setattr(process._Inputs, "write", slow_write)
+    async with at.InlineExecutor() as reference:
+        expected = await bits(reference, wide, work)
+    (tmp_path / "count").unlink()
+    async with ProcessExecutor(1) as executor, executor.open(of(wide)) as session:
+        await session.broadcast(wide.init(0), {}, 0)
+        task = asyncio.create_task(session.compute(work, 0))
+        await until(copying.is_set)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        may_copy.set()
+        assert (await session.compute(work, 0)).gradients.vector.tobytes() == expected
+    assert (tmp_path / "count").read_text() == "."
+
+
 async def test_parameters_may_be_any_mapping_and_those_of_another_model_are_refused() -> None:
     params = PLAIN.init(0)
     backwards = Layout(dict(reversed(list(params.layout.shapes.items()))), params.layout.dtype).empty()
