@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import io
 import json
 import math
@@ -396,7 +397,7 @@ class Service:
             await news.wait()
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -474,6 +475,7 @@ def create_app() -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with Service(Path(os.environ["STUDIO_HOME"])) as app.state.service:
+            gc.freeze()  # as the example does
             yield
 
     app = FastAPI(title="The same studio on PyTorch", lifespan=lifespan)

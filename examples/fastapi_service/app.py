@@ -9,6 +9,7 @@ The environment tells where things are kept (``STUDIO_HOME``, by default ``studi
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 from collections.abc import AsyncIterator
@@ -26,7 +27,7 @@ PAGE = Path(__file__).with_name("page.html")
 LARGEST = 32 * 2**20  # bytes of an image that is to be predicted
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # FastAPI would call a plain function in a thread, for each request
     service: Service = request.app.state.service
     return service
 
@@ -148,6 +149,7 @@ def create_app(home: Path | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         place = home or Path(os.environ.get("STUDIO_HOME", "studio"))
         async with Service(place, threads, kernels) as app.state.service:
+            gc.freeze()  # what was imported stays: collections need not look at it again while requests wait
             yield  # a run that was interrupted goes on, and at a shutdown it leaves a checkpoint
 
     handlers: dict[int | type[Exception], Any] = {NotNow: not_now, ValueError: wrong, at.errors.DataError: wrong}
