@@ -130,13 +130,14 @@ def plot(name: str) -> None:
             axes.scatter(asked, place, marker="|", s=220, color="black", zorder=3)
         end = max(ratio, asked or 1, 1)
         axes.annotate(f"{ratio:.2f}", (end, place), (8, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(rows)), [f"{row['case']}\nagainst {row['peer_name']}" for row in rows], fontsize="small")
+    labels = [f"{row['case']}\n{row['metric']}, against {row['peer_name']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.5)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("times better than the peer; the mark is the target")
+    figure.supxlabel("times better than the peer; the mark is the target", fontsize="medium")
     axes.set_title(f"{name}: {content['machine']['cpu']}, {content['machine']['cpus']} CPUs", fontsize="medium")
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
 from grpc import aio
 
 from asynctrain._aio import in_thread
@@ -20,6 +21,7 @@ from asynctrain.rpc.security import TLS, Tokens, is_loopback, require_safe
 SERVICE = pb.DESCRIPTOR.services_by_name["Work"].full_name
 MESSAGE_BYTES = 2**22  # gRPC's own limit, said
 STREAMS = 256  # at once, on one port
+LARGEST_LESSON = 2**25 - 2**13  # bytes: the largest block, with what malloc adds to it, that raises glibc's thresholds
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to dial
 PERMANENT = (
     grpc.StatusCode.UNAUTHENTICATED,
@@ -117,6 +119,7 @@ async def listening(address: str, method: str, handle: Handle, access: Access) -
     """
     access.require_safe(address, dials=False)
     credentials = None if access.tls is None else await in_thread(access.tls.of_server)
+    _keep_freed_memory()
 
     async def guarded(_: Any, context: Any) -> None:
         if access.tokens is not None and not _is_known(access.tokens, context):
@@ -156,6 +159,7 @@ async def dialled(address: str, method: str, access: Access) -> AsyncIterator[An
     """
     access.require_safe(address, dials=True)
     credentials = None if access.tls is None else await in_thread(access.tls.of_client)
+    _keep_freed_memory()
     if credentials is None:
         channel = aio.insecure_channel(address, options=_OPTIONS)
     else:
@@ -171,6 +175,15 @@ async def dialled(address: str, method: str, access: Access) -> AsyncIterator[An
             raise
         finally:
             call.cancel()
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc keep what messages are made of, rather than ask the kernel for the pages of each one anew.
+
+    That took a fifth of a round of 10 MB. glibc hands memory back by thresholds, which it raises to the size of the
+    largest block freed so far, up to 32 MiB; this one is never touched.
+    """
+    np.empty(LARGEST_LESSON, np.uint8)
 
 
 def _is_known(tokens: Tokens, context: Any) -> bool:
