@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 PIECE = 4 * 2**20  # bytes between two questions whether to stop
 
 
-def write_whole(path: Path, content: bytes, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Write ``content`` to ``path`` so that a crash at any moment leaves the old file or the new one, whole.
+def write_whole(
+    path: Path, content: bytes | Sequence[bytes | memoryview], stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Write ``content``, whose parts may be views, to ``path``: a crash leaves the old file or the new one, whole.
 
     Blocks. Raises ``OSError`` that names ``path``; what was there before is then still there and nothing else is left
     behind. So it is where ``stopped`` says that nobody wants the file any more, but without an error.
     """
+    parts = [content] if isinstance(content, bytes) else content
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
         try:
-            for start in range(0, len(content), PIECE):
+            for piece in (part[start : start + PIECE] for part in parts for start in range(0, len(part), PIECE)):
                 if stopped():
                     Path(temporary.name).unlink()
                     return
-                temporary.write(content[start : start + PIECE])
+                temporary.write(piece)
             temporary.flush()
             os.fsync(temporary.fileno())
             Path(temporary.name).chmod(0o644)

@@ -24,6 +24,7 @@ metrics              | {GROUND} numpy
 _version             |
 _aio                 | errors asyncio
 _files               |
+_safetensors         | arena numpy
 nn                   | {GROUND} numpy
 nn.kernels.compiled  | {GROUND} nn.kernels numpy numba llvmlite
 optim                | {GROUND} numpy
@@ -36,9 +37,9 @@ executors.dask       | {GROUND} _aio nn executors numpy asyncio dask distributed
 executors.dask.keeper |
 executors            | {GROUND} _aio nn numpy asyncio threadpoolctl
 rpc                  | {GROUND} _aio executors nn.model numpy asyncio grpc google
-inference            | {GROUND} _aio _files nn data.images executors.base executors.worker executors.blas
+inference            | {GROUND} _aio _files _safetensors nn data.images executors.base executors.worker executors.blas
                      | numpy asyncio PIL safetensors
-train                | {GROUND} _version _aio _files nn optim inference metrics
+train                | {GROUND} _version _aio _files _safetensors nn optim inference metrics
                      | executors.base executors.worker executors.fingerprint numpy asyncio safetensors tomli_w
 train.callbacks      | _aio _files nn inference data.images train tensorboardX
 train.display        | train rich IPython

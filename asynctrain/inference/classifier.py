@@ -13,10 +13,10 @@ from typing import Any, Protocol, cast, overload
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as save_tensors
 
 from asynctrain._aio import in_thread
 from asynctrain._files import write_whole
+from asynctrain._safetensors import parts_of
 from asynctrain.arena import Arena, Array
 from asynctrain.data.images import ImageSettings
 from asynctrain.errors import CheckpointError
@@ -123,17 +123,20 @@ class Classifier:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all. Blocks while it writes; raises ``OSError``."""
-        write_whole(Path(path), self.to_bytes())
+        write_whole(Path(path), self._parts())
 
     def to_bytes(self) -> bytes:
         """Return what ``save`` writes. Takes as long as copying the weights."""
+        return b"".join(self._parts())
+
+    def _parts(self) -> list[bytes | memoryview]:
         about = {
             "format": FORMAT,
             "program": self.program.to_json(),
             "classes": self.classes,
             "images": asdict(self._predictor.settings),
         }
-        return save_tensors({**self._params, **self._model_state}, metadata={"asynctrain": json.dumps(about)})
+        return parts_of({**self._params, **self._model_state}, {"asynctrain": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Classifier:

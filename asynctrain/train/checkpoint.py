@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as save_tensors
 
 from asynctrain._files import write_whole
+from asynctrain._safetensors import parts_of
 from asynctrain.arena import Arena, Array, Layout, digest
 from asynctrain.errors import CheckpointError, FingerprintError
 from asynctrain.executors import fingerprint
@@ -108,7 +108,7 @@ def save(path: Path, checkpoint: Checkpoint, stopped: Stopped = lambda: False) -
     arrays = dict(_arrays(checkpoint.state))
     about = json.dumps({"format": FORMAT, **_described(checkpoint)})
     metadata = {"asynctrain": about, "sha256": _checksum(arrays, about)}
-    write_whole(path, save_tensors(arrays, metadata=metadata), stopped)
+    write_whole(path, parts_of(arrays, metadata), stopped)
 
 
 def load(path: Path) -> Checkpoint:

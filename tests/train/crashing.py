@@ -169,9 +169,9 @@ def _arm(life: Life) -> None:
     """Have this process kill itself in the checkpoint's writing that ``life`` names."""
     writes = iter(range(1, sys.maxsize))
 
-    def dying(path: Path, content: bytes, stopped: Any) -> None:
+    def dying(path: Path, content: list[bytes | memoryview], stopped: Any) -> None:
         if next(writes) == life.die_in_write:
-            _arm_this_write(path, len(content), life.moment)
+            _arm_this_write(path, sum(map(len, content)), life.moment)
         _files.write_whole(path, content, stopped)
 
     patch.object(checkpoint, "write_whole", dying).start()
