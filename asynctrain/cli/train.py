@@ -84,8 +84,6 @@ async def train(data: Data, recipe: Recipe, run_dir: Path, resumed: Path | None 
         ) as run:
             await _to_its_end(run, run_dir)
             history = await run.result()
-    if history.evaluations and (bad := len(data.test) - history.evaluations[-1].result.samples):
-        people.print(f"{bad:,} of {len(data.test):,} test images are left out: they cannot be decoded")
     return Outcome(
         test_accuracy=tested_accuracy(history),
         digest=history.state.digest(),

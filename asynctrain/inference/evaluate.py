@@ -13,7 +13,7 @@ import numpy as np
 from asynctrain._aio import first_of_several
 from asynctrain.arena import Array
 from asynctrain.executors.base import Session
-from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, Sums, cut
+from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, Skipped, Sums, cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +26,20 @@ class EvaluationResult:
             weight is left out.
         samples: how many there were.
         metrics: what else was asked for, by name: JSON values.
+        skipped: samples that were left out, as the loader was told to do with bad ones.
     """
 
     loss: float
     accuracy: float
     samples: int
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
 
     @classmethod
     def from_json(cls, value: JSON) -> EvaluationResult:
         """Return the evaluation whose fields are in ``value``; null stands for NaN."""
-        return cls(**{**_numbers(value), "metrics": _numbers(value.get("metrics", {}))})
+        skipped = tuple(Skipped(**one) for one in value.get("skipped", ()))
+        return cls(**{**_numbers(value), "metrics": _numbers(value.get("metrics", {})), "skipped": skipped})
 
 
 def _numbers(value: JSON) -> dict[str, Any]:
@@ -89,10 +92,11 @@ async def evaluate(
                 outputs = np.concatenate([result.outputs for result in results])
                 gathered = [metric.add(own, outputs, batch) for metric, own in zip(metrics, gathered, strict=True)]
             await between()
+        skipped = tuple(batches.skipped)
     found: dict[str, Any] = {}
     for metric, own in zip(metrics, gathered, strict=True):
         found |= metric.result(own)
-    return EvaluationResult(sums.mean_loss, sums.accuracy, sums.samples, found)
+    return EvaluationResult(sums.mean_loss, sums.accuracy, sums.samples, found, skipped)
 
 
 async def forward(session: Session, version: int, works: Sequence[ForwardWork]) -> list[ForwardResult]:

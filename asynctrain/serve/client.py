@@ -210,6 +210,15 @@ class TrainingClient:
         except aio.AioRpcError as error:
             raise _refused(error) from error
 
+    async def ask_patiently(self, method: Callable[..., Awaitable[T]], request: Any) -> T:
+        """Return the answer to one message that may be sent again, through broken connections. Raises ``Refused``."""
+        patience = _Patience(self.patience)
+        while True:
+            try:
+                return await method(request, metadata=self._metadata)
+            except aio.AioRpcError as error:
+                await patience.spend(error)
+
     def call(self, method: Callable[..., Any], *request: Any) -> Any:
         """Return a call of a method that streams."""
         return method(*request, metadata=self._metadata)
@@ -279,7 +288,8 @@ class RemoteRun:
         """Wait for the end. Raises ``Refused``, with the status that the run has failed with, where it has."""
         async for _ in self.events():
             pass
-        return _trained(await self.info())
+        request = pb.GetRunRequest(run_id=self.run_id)
+        return _trained(await self._client.ask_patiently(self._client.stub.GetRun, request))
 
     async def save(self, path: str | PathLike[str]) -> None:
         """Write the model as it is now to a file, whole or not at all."""

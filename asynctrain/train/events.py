@@ -93,7 +93,10 @@ class CheckpointSaved(_Event):
 
 @dataclass(frozen=True, slots=True)
 class SampleSkipped(_Event):
-    """A sample was left out, as the loader was told to do with bad ones."""
+    """A sample was left out, as the loader was told to do with bad ones.
+
+    position: in the epoch's order, or in that of the validation data, which are told before each ``Evaluation``.
+    """
 
     epoch: int
     position: int

@@ -45,7 +45,7 @@ from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.saving import Saver, Saving
 from asynctrain.train.state import Kept, TrainState
 from asynctrain.train.step import TrainStep
-from asynctrain.types import Batch, BatchIterator, BatchStream, Notice, Sums
+from asynctrain.types import Batch, BatchIterator, BatchStream, Notice, Skipped, Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +244,8 @@ class Run:
 
     def so_far(self) -> History:
         """Return the history up to the last step: of a run under way, and of one that was cancelled or has failed."""
-        ended = self._ended.is_set()
-        state = self._result()
-        seconds = self._seconds if ended else time.perf_counter() - self._started
-        reason = self._reason if ended else None
+        state, seconds = self._result(), self._elapsed()
+        reason = self._reason if self._ended.is_set() else None
         return History(state, state.history, reason, state.samples, seconds, self._samples / max(1e-9, seconds))
 
     def raise_error(self) -> None:
@@ -460,6 +458,8 @@ class Run:
         if averaged:
             await session.broadcast(state.params, state.model_state, state.step)
         seconds = time.perf_counter() - started - (self._waited - waited)
+        for skipped in result.skipped:
+            await self._tell(_skipping(self._epoch, skipped))
         await self._remember(Evaluation(self._epoch + 1, state.step, result, seconds))
 
     async def _remember(self, event: EpochEnd | Evaluation) -> None:
@@ -520,7 +520,7 @@ class Run:
         for skipped in batches.skipped[self._told :]:
             if skipped.epoch <= self._epoch:
                 self._told += 1
-                await self._tell(SampleSkipped(skipped.epoch + 1, skipped.position, skipped.source, skipped.reason))
+                await self._tell(_skipping(skipped.epoch, skipped))
 
     async def _close(self, threads: ThreadPoolExecutor) -> None:
         """Save what was reached, and tell the end; cancelled once more, leave the earlier files as they are."""
@@ -568,7 +568,11 @@ class Run:
         self._redraw()
 
     def _rate(self) -> float:
-        return self._samples / max(1e-9, time.perf_counter() - self._started - self._waited)
+        return self._samples / max(1e-9, self._elapsed() - self._waited)
+
+    def _elapsed(self) -> float:
+        """Return the seconds since the start, and from the end on those until the end."""
+        return self._seconds if self._ended.is_set() else time.perf_counter() - self._started
 
     def _steps_in_all(self) -> int | None:
         job = self._job
@@ -615,6 +619,10 @@ class Run:
         told = self._reason if self._ended.is_set() else "paused" if self._paused else "running"
         epochs = "" if self._job.limits.epochs is None else f" of {self._job.limits.epochs}"
         return f"<Run {told}, step {self._state.step}, epoch {self._state.cursor.epoch + 1}{epochs}>"
+
+
+def _skipping(epoch: int, skipped: Skipped) -> SampleSkipped:
+    return SampleSkipped(epoch + 1, skipped.position, skipped.source, skipped.reason)
 
 
 def _is_epoch_over(state: TrainState) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpc import StatusCode
+from grpc import StatusCode, aio
 
 import asynctrain as at
 from asynctrain.serve import Refused, RemoteRun, TrainingClient
@@ -241,6 +241,33 @@ async def test_a_connection_that_breaks_in_mid_stream_is_taken_up_again_and_chan
         [(fault, 3_000), (fault, 9_000), (fault, 20_000)], server.port, blobs, model, whole
     )
     assert len(left) == (0 if fault == "drop" else 2)
+
+
+async def test_the_result_is_asked_for_again_where_the_connection_is_lost_after_the_last_event(
+    server: Any, blobs: at.ArrayDataset, model: at.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_of: Any = TrainingClient.__dict__["stub"].fget
+    answered = []
+
+    def with_a_loss(client: TrainingClient) -> Any:
+        stub = stub_of(client)
+        answer = stub.GetRun
+
+        async def get_run(request: pb.GetRunRequest, **options: Any) -> Any:
+            answered.append(request.run_id)
+            if len(answered) <= 2:
+                raise aio.AioRpcError(StatusCode.UNAVAILABLE, aio.Metadata(), aio.Metadata(), "Socket closed", None)
+            return await answer(request, **options)
+
+        stub.GetRun = get_run
+        return stub
+
+    async with TrainingClient(server.address) as client:
+        run = client.train(blobs, model=model, **OPTIONS)
+        await events_of(run)
+        monkeypatch.setattr(TrainingClient, "stub", property(with_a_loss))
+        assert (await run.result()).digest
+    assert answered == [run.run_id] * 3
 
 
 async def require_same_through(

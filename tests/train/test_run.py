@@ -487,6 +487,7 @@ async def test_progress_tells_epoch_step_speed_and_what_is_left(trainer: at.Trai
         run.resume()
         await run.result()
         end = run.progress
+    assert run.progress.samples_per_second == end.samples_per_second, "the rate of a run that has ended stays"
     assert now.step >= 8
     assert now.epoch == 1 + now.step // 5 or now.step % 5 == 0
     assert now.samples_per_second > 0

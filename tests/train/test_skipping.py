@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import asynctrain as at
 from asynctrain.data import Sampler
 from asynctrain.errors import TooManyBadSamples
-from asynctrain.train.events import EpochEnd, Event, RunEnd, RunStart, SampleSkipped, StepEnd
+from asynctrain.train.events import EpochEnd, Evaluation, Event, RunEnd, RunStart, SampleSkipped, StepEnd
 
 pytestmark = pytest.mark.one_loop
 
@@ -164,3 +166,18 @@ async def test_validation_on_a_folder_with_broken_files_leaves_them_out(model: a
     async with at.InlineExecutor() as executor:
         evaluation = await trainer(model, executor).evaluate(data.evaluating(data.dataset))
     assert evaluation.samples == 173
+    sources = [str(data.dataset[index].source) for index in sorted(SCATTERED)]
+    assert [one.source for one in evaluation.skipped] == sources
+    assert at.EvaluationResult.from_json(json.loads(json.dumps(asdict(evaluation)))) == evaluation
+
+
+async def test_what_a_validation_leaves_out_is_told_before_what_it_finds(
+    model: at.Model, folder: Folder, blob_folder: Path
+) -> None:
+    broken = folder(SCATTERED)
+    data = loader(at.ImageFolder(blob_folder))
+    async with at.InlineExecutor() as executor, trainer(model, executor).start(data, epochs=2, validate=broken) as run:
+        told = [event async for event in run if isinstance(event, SampleSkipped | Evaluation)]
+    sources = [str(broken[index].source) for index in sorted(SCATTERED)]
+    assert [getattr(event, "source", "found") for event in told] == [*sources, "found"] * 2
+    assert {event.epoch for event in told[:8]} == {1}
