@@ -26,7 +26,7 @@ from asynctrain.executors.ledger import Patience
 from asynctrain.executors.local import InlineExecutor
 from asynctrain.executors.worker import GradientWorker, StopFlag
 from asynctrain.nn import initializers
-from asynctrain.nn.kernels import backend
+from asynctrain.nn.kernels import choice
 from asynctrain.nn.layers import Dense, Dropout, Flatten, Layer, ReLU
 from asynctrain.nn.layers.containers import Within
 from asynctrain.nn.model import Model
@@ -79,7 +79,7 @@ def check_gradients(
         gradients=gradients,
         state=Within(model.init_state(), name),
         statistics=Within(model.statistics_layout.empty(), name),
-        kernels=backend.get(kernels),
+        kernels=choice.get(kernels),
     )
     r = rng.standard_normal((batch, *layer.output_shape(input_shape)))
 

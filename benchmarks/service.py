@@ -38,7 +38,7 @@ import aiohttp
 import numpy as np
 
 import asynctrain as at
-from asynctrain.nn.kernels import backend
+from asynctrain.nn.kernels import choice
 from benchmarks import harness
 from benchmarks.harness import PEERS_PYTHON, Row, clean_environment, interleave, report, spread
 from benchmarks.loop import quantile
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
     sides = [*OURS, *(PEERS if PEERS_PYTHON.exists() else [])]
-    backend.get("numba").warm_up(np.float32)  # compiles, once for all processes to come
+    choice.get("numba").warm_up(np.float32)  # compiles, once for all processes to come
     if not PEERS_PYTHON.exists():
         print("PyTorch is left out: there is no .venv-peers (make bench-service makes it)", file=sys.stderr)
     busy = f"the load average when the measurement began: {os.getloadavg()[0]:.2f}"

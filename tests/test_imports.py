@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,16 @@ def test_each_module_imports_only_what_its_row_permits(module: str) -> None:
     assert row(module), f"{module} has no row in the table: give it one"
     foreign = {name for name in imports(module) if not is_permitted(name, module)}
     assert not foreign, f"{module} may not import {', '.join(sorted(foreign))}"
+
+
+def test_no_module_imports_one_that_imports_it_at_the_top_or_inside_of_a_function() -> None:
+    package = {"asynctrain"}  # its page imports all that it offers
+    graph = {name: {found for found in imports(name) if found in MODULES} - package - {name} for name in MODULES}
+    del graph["asynctrain"]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("module", [name for name in RULED if within(name, "asynctrain.nn")])

@@ -17,9 +17,10 @@ from asynctrain.cli import serve as serving
 from asynctrain.cli import train as training
 from asynctrain.cli import use
 from asynctrain.cli import workers as working
+from asynctrain.cli.homes import make_executor
 from asynctrain.cli.process import run
-from asynctrain.cli.recipe import ERRORS, OPTIMIZERS, Recipe, make_executor
-from asynctrain.nn.kernels.backend import get as get_kernels
+from asynctrain.cli.recipe import ERRORS, OPTIMIZERS, Recipe
+from asynctrain.nn.kernels.choice import get as get_kernels
 from asynctrain.train.run_folder import CONFIG, RunFolder
 
 MENTIONED = 5  # runs, at most, where a name is none

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asynctrain.cli.homes import make_executor
 from asynctrain.cli.output import people
-from asynctrain.cli.recipe import make_executor
 
 if TYPE_CHECKING:
     from asynctrain.serve import TLS, Limits, Tokens

@@ -10,9 +10,10 @@ from pathlib import Path
 import asynctrain as at
 from asynctrain._aio import ServingGroup
 from asynctrain.cli.folders import Data, open_data
+from asynctrain.cli.homes import make_executor
 from asynctrain.cli.output import people, percent, suggest, to_programs
 from asynctrain.cli.progress import show
-from asynctrain.cli.recipe import Recipe, make_executor
+from asynctrain.cli.recipe import Recipe
 from asynctrain.errors import AsyncTrainError
 from asynctrain.train import checkpoint
 from asynctrain.train.run_folder import MODEL, RunFolder

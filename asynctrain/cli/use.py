@@ -8,8 +8,8 @@ from pathlib import Path
 
 import asynctrain as at
 from asynctrain.cli.folders import open_folder, require_classes
+from asynctrain.cli.homes import make_executor
 from asynctrain.cli.output import people, percent, to_programs
-from asynctrain.cli.recipe import make_executor
 from asynctrain.train.run_folder import MODEL
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from asynctrain.arena import Arena, Array
 from asynctrain.executors.blas import check_one_blas_thread
 from asynctrain.nn import losses
-from asynctrain.nn.kernels import backend
+from asynctrain.nn.kernels import choice
 from asynctrain.nn.model import Model
 from asynctrain.nn.scope import Scope, Workspace
 from asynctrain.randomness import Purpose, generator
@@ -74,7 +74,7 @@ class GradientWorker:
         self._model = Model.from_json(program.architecture)
         self._layout = self._model.layout(program.dtype)
         self._loss = losses.from_json(program.loss)
-        self._kernels = backend.get(program.kernels)
+        self._kernels = choice.get(program.kernels)
         self._workspaces: deque[Workspace] = deque()
         self._sheets: deque[Sheet] = deque()
 

@@ -29,7 +29,8 @@ from asynctrain.serve.refusal import Refused, exhausted, require_at_most, unfit
 from asynctrain.serve.samples import Labelled, read_samples
 from asynctrain.serve.spool import Spool
 from asynctrain.serve.told import Told, told_in
-from asynctrain.train.history import History, row_of
+from asynctrain.train.figures import row_of
+from asynctrain.train.history import History
 from asynctrain.train.run import Run
 from asynctrain.train.run_folder import RunFolder
 

@@ -35,7 +35,7 @@ from asynctrain.train.events import (
     StepEnd,
     to_json,
 )
-from asynctrain.train.history import csv_of, row_of, scalars
+from asynctrain.train.figures import csv_of, row_of, scalars
 from asynctrain.train.state import TrainState
 
 if TYPE_CHECKING:

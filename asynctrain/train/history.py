@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -14,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from asynctrain._files import write_whole
 from asynctrain.errors import CheckpointError
 from asynctrain.train import checkpoint
-from asynctrain.train.controllers import Mode, is_better, monitored, usual_mode
+from asynctrain.train.controllers import Mode
 from asynctrain.train.events import EpochEnd, Evaluation, Reason
+from asynctrain.train.figures import Row, best_of, csv_of, last_metric, row_of, table
 from asynctrain.train.recorded import RecordedRun
 from asynctrain.train.state import TrainState
 
 if TYPE_CHECKING:
     from asynctrain.train.plots import Picture
 
-Row = Mapping[str, float]
 SHOWN = 10  # epochs in a notebook
 
 
@@ -135,8 +133,6 @@ class History:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Mapping[str, str]:
         """Show itself in a notebook: the last epochs as a table, their curves as a plot where matplotlib is there."""
-        from asynctrain.train.report import table
-
         shown = f"<p>{html.escape(repr(self)[1:-1])}</p>{table(self.epochs[-SHOWN:])}{self._curves()}"
         return {"text/plain": repr(self), "text/html": shown}
 
@@ -152,58 +148,3 @@ class History:
         told = f", loss {last.loss:.4f}, accuracy {last.accuracy:.4f}" if last else ""
         reason = self.reason or "without an end"
         return f"<History {reason}, {len(self.epochs)} epochs, step {self.state.step}{told}>"
-
-
-def best_of(epochs: Sequence[EpochEnd], monitor: str, mode: Mode | None = None) -> EpochEnd:
-    """Return the epoch with the best ``monitor``; see ``History.best``."""
-    best, value = None, None
-    for epoch in epochs:
-        found = monitored(epoch, monitor)
-        if found is not None and is_better(found, value, mode or usual_mode(monitor)):
-            best, value = epoch, found
-    if best is None:
-        raise ValueError(f"of {len(epochs)} epochs none has a {monitor} that could be the best")
-    return best
-
-
-def last_metric(evaluations: Sequence[Evaluation], metric: str) -> Any:
-    """Return what the last evaluation that has it found as ``metric``, or None."""
-    for evaluation in reversed(evaluations):
-        if evaluation.result.metrics.get(metric) is not None:
-            return evaluation.result.metrics[metric]
-    return None
-
-
-def row_of(epoch: EpochEnd) -> Row:
-    """Return the figures of an epoch by the names that ``monitor`` has for them; what is no number is left out."""
-    row: dict[str, float] = {
-        "epoch": epoch.epoch,
-        "step": epoch.step,
-        "samples": epoch.samples,
-        "seconds": epoch.seconds,
-        "loss": epoch.loss,
-        "accuracy": epoch.accuracy,
-    }
-    if epoch.validation is not None:
-        row |= {"validation.loss": epoch.validation.loss, "validation.accuracy": epoch.validation.accuracy}
-        row |= {f"validation.{name}": value for name, value in scalars(epoch.validation.metrics).items()}
-    return row
-
-
-def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return those metrics that are a single number; NaN comes back from a file as None."""
-    return {
-        name: float("nan") if value is None else value
-        for name, value in metrics.items()
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    }
-
-
-def csv_of(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return rows as CSV; a column for each name that any of them has, in the order in which they come."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

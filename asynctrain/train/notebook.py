@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from asynctrain.train.events import EpochEnd, Evaluation
+from asynctrain.train.figures import table
 from asynctrain.train.progress import Progress
 
 Points = Sequence[tuple[float, float]]
@@ -69,8 +70,6 @@ def html_of(
         losses: of the training, over the steps.
         progress: how far it is, while it is under way.
     """
-    from asynctrain.train.report import table
-
     lines = {"training": losses, "validation": [(told.step, told.result.loss) for told in evaluations]}
     return f"<p>{html.escape(title)}</p>{_bar(progress)}{curves('loss', lines)}{table(epochs)}"
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from asynctrain.train.controllers import usual_mode
 from asynctrain.train.events import EpochEnd, Evaluation, StepEnd
-from asynctrain.train.history import scalars
+from asynctrain.train.figures import scalars
 from asynctrain.train.tiles import class_name, only_mistakes, tile
 
 try:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from asynctrain._files import write_whole
 from asynctrain.train import notebook
-from asynctrain.train.events import EpochEnd, Event, Paused, Resumed, RunEnd, RunStart, WorkerJoined, WorkerLost
-from asynctrain.train.history import best_of, last_metric, row_of
+from asynctrain.train.events import Event, Paused, Resumed, RunEnd, RunStart, WorkerJoined, WorkerLost
+from asynctrain.train.figures import as_text, best_of, last_metric, table
 from asynctrain.train.recorded import RecordedRun
 from asynctrain.train.tiles import class_name, only_mistakes, tile
 
@@ -82,16 +82,6 @@ def render(run: RecordedRun) -> str:
         f"<title>{name}</title><style>{STYLE}</style></head>"
         f"<body><h1>{name}</h1>{_status(run)}{_tiles(run)}{body}</body></html>\n"
     )
-
-
-def table(epochs: Sequence[EpochEnd]) -> str:
-    """Return an HTML table with a row for each epoch."""
-    rows = [row_of(epoch) for epoch in epochs]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    cells = [[_number(row[name]) if name in row else "" for name in names] for row in rows]
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
 
 
 def _status(run: RecordedRun) -> str:
@@ -168,17 +158,13 @@ def _of_classes(run: RecordedRun, classes: Sequence[str]) -> str:
     """Return a table of what the last evaluation found for each class."""
     metrics = run.evaluations[-1].result.metrics if run.evaluations else {}
     figures = {name: values for name, values in metrics.items() if _is_of_classes(values, len(classes))}
-    rows = [(name, *(_number(values[i]) for values in figures.values())) for i, name in enumerate(classes)]
+    rows = [(name, *(as_text(values[i]) for values in figures.values())) for i, name in enumerate(classes)]
     return _rows(("class", *map(html.escape, figures)), rows if figures else ())
 
 
 def _is_of_classes(values: Any, classes: int) -> bool:
     is_list = isinstance(values, list) and len(values) == classes
     return is_list and all(isinstance(value, int | float) for value in values)
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _mistakes(worst: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> str:

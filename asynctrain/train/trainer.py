@@ -17,7 +17,7 @@ from asynctrain.executors.fingerprint import numeric_fingerprint
 from asynctrain.inference.classifier import Trained
 from asynctrain.inference.evaluate import EvaluationResult, Metric, evaluate
 from asynctrain.nn import losses
-from asynctrain.nn.kernels.backend import require_kernels
+from asynctrain.nn.kernels.choice import require_kernels
 from asynctrain.nn.losses import LossFunction
 from asynctrain.nn.model import Model
 from asynctrain.optim.apply import initial_state

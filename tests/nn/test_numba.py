@@ -23,7 +23,7 @@ from asynctrain.arena import Arena, Array
 from asynctrain.executors import InlineExecutor, ThreadExecutor
 from asynctrain.executors.fingerprint import numeric_fingerprint
 from asynctrain.executors.worker import GradientWorker, StopFlag
-from asynctrain.nn.kernels import backend, winograd
+from asynctrain.nn.kernels import choice, winograd
 from asynctrain.nn.kernels import pool as reference_pool
 from asynctrain.nn.kernels.backend import NUMPY, Kernels
 from asynctrain.nn.kernels.compiled import NUMBA, activations, conv, depthwise, lanes, norm, pool, pooled
@@ -387,10 +387,10 @@ async def test_threads_give_the_bits_of_the_inline_executor() -> None:
 def test_kernels_are_chosen_by_the_program_and_travel_with_it() -> None:
     assert Program.from_json(program().to_json()).kernels == "numba"
     assert program().digest != program(kernels="numpy").digest
-    assert backend.get("numba") is NUMBA
-    assert backend.get("numpy") is NUMPY
+    assert choice.get("numba") is NUMBA
+    assert choice.get("numpy") is NUMPY
     with pytest.raises(ValueError, match=r"kernels must be one of numpy, numba, got 'cuda'"):
-        backend.get("cuda")
+        choice.get("cuda")
 
 
 def test_the_compiler_is_part_of_the_fingerprint_only_where_it_is_used() -> None:
@@ -410,7 +410,7 @@ def run(code: str, **environment: str) -> str:
 WITHOUT = """
 import sys
 {before}
-from asynctrain.nn.kernels import backend
+from asynctrain.nn.kernels import choice
 import asynctrain as at
 from asynctrain.executors.worker import GradientWorker
 model = at.models.linear(num_classes=2, image_shape=(2, 2, 1))
@@ -420,7 +420,7 @@ assert not sys.modules.get("numba") and not sys.modules.get("llvmlite")
 """
 REFUSED = """
 try:
-    backend.get("numba")
+    choice.get("numba")
 except ImportError as error:
     print(error)
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asynctrain.cli.recipe import make_executor
+from asynctrain.cli.homes import make_executor
 from tests.rpc.conftest import COMMAND, ROOT, Start
 
 TRAIN = [sys.executable, "-m", "asynctrain.cli", "train"]

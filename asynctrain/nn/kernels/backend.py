@@ -1,8 +1,4 @@
-"""Which kernels a pass computes with: numpy's, or numba's where those are faster.
-
-Layers call those that there is a choice of through their scope, ``scope.kernels.relu(...)``; that is the one place
-where the choice is made, once for a program. The two agree to rounding, not to the bit.
-"""
+"""The kernels that there is a choice of, numpy's. Layers call them through their scope, ``scope.kernels.relu(...)``."""
 
 from __future__ import annotations
 
@@ -11,8 +7,6 @@ from typing import ClassVar
 import numpy.typing as npt
 
 from asynctrain.nn.kernels import activations, conv, depthwise, norm, pool, pooled, winograd
-
-NAMES = ("numpy", "numba")
 
 
 class Kernels:
@@ -60,26 +54,3 @@ class Kernels:
 
 
 NUMPY = Kernels()
-
-
-def get(name: str) -> Kernels:
-    """Return the kernels called ``name``; the first time, importing numba takes up to a second.
-
-    Raises:
-        ValueError: there are none of that name.
-        ImportError: they are numba's, and numba is not installed.
-    """
-    require_kernels(name)
-    if name == "numpy":
-        return NUMPY
-    try:
-        from asynctrain.nn.kernels.compiled import NUMBA
-    except ImportError as error:
-        raise ImportError("kernels 'numba' need numba: install asynctrain[numba], or choose 'numpy'") from error
-    return NUMBA
-
-
-def require_kernels(name: str) -> None:
-    """Raise ValueError unless there are kernels called ``name``."""
-    if name not in NAMES:
-        raise ValueError(f"kernels must be one of {', '.join(NAMES)}, got {name!r}")
