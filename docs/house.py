@@ -21,6 +21,7 @@ TOGETHER = {
     "randomness": "ground",
     "_aio": "kit",
     "_files": "kit",
+    "_safetensors": "kit",
     "_version": "kit",
 }
 TOLD = {"ground": "errors, types, memory, random numbers", "kit": "what asyncio and file systems lack"}
