@@ -135,7 +135,7 @@ def plot(name: str) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.5)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("times better than the peer; the mark is the target", fontsize="medium")
     axes.set_title(f"{name}: {content['machine']['cpu']}, {content['machine']['cpus']} CPUs", fontsize="medium")
