@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,18 @@ def test_each_command_of_the_readme_works_in_a_fresh_clone(image_folder: Path, t
     image_folder.rename(clone / "flowers")
     (clone / "rose.png").write_bytes((clone / "flowers" / "rose" / "00.png").read_bytes())
     entered = "true"
-    for command in commands():
-        if command == ACTIVATE:
-            entered = ACTIVATE
-        if command.startswith(ELSEWHERE):
-            continue
-        line = ["bash", "-c", f"{entered} && exec {command}" if command != ACTIVATE else command]
-        url = next((url for name, url in SERVED.items() if command.startswith(name)), None)
-        with subprocess.Popen(line, cwd=clone, env=bare_environment()) as process:
+    with ExitStack() as background:
+        for command in commands():
+            if command == ACTIVATE:
+                entered = ACTIVATE
+            if command.startswith(ELSEWHERE):
+                continue
+            line = ["bash", "-c", f"{entered} && exec {command.removesuffix('&')}" if command != ACTIVATE else command]
+            process = background.enter_context(subprocess.Popen(line, cwd=clone, env=bare_environment()))
+            background.callback(process.kill)
+            if command.endswith("&"):
+                continue
+            url = next((url for name, url in SERVED.items() if command.startswith(name)), None)
             if url is None:
                 assert process.wait(300) == 0, command
             else:
