@@ -7,23 +7,14 @@ gradients were computed.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from asynctrain import data, errors, nn, optim
+from asynctrain import data, errors, executors, nn, optim
 from asynctrain._version import __version__
 
 # Images: where they are, and how they become batches (more kinds of sources are in asynctrain.data)
 from asynctrain.data import ArrayDataset, ImageFolder, Loader, Pipeline, StreamLoader, augment
 
 # Homes: where gradients are computed
-from asynctrain.executors import (
-    Executor,
-    ExecutorGroup,
-    InlineExecutor,
-    PoolExecutor,
-    ProcessExecutor,
-    Session,
-    ThreadExecutor,
-    numeric_fingerprint,
-)
+from asynctrain.executors import Executor, InlineExecutor, Session, ThreadExecutor, numeric_fingerprint
 
 # Trained models in use
 from asynctrain.inference import Classifier, EvaluationResult, Prediction
@@ -41,18 +32,19 @@ from asynctrain.train.saving import Saving
 # What flows between them
 from asynctrain.types import Batch, Cursor, Normalization, Program, Record
 
-# Who listens, what is measured, and a home that needs an extra: imported when they are first asked for
+# Homes outside of this process, who listens, what is measured: imported when they are first asked for
 if TYPE_CHECKING:
     from asynctrain import metrics
     from asynctrain.executors import DaskExecutor as DaskExecutor
+    from asynctrain.executors import ExecutorGroup, PoolExecutor, ProcessExecutor
     from asynctrain.train import callbacks
 
 _LATE = {"callbacks": "asynctrain.train.callbacks", "metrics": "asynctrain.metrics"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "DaskExecutor":
-        return import_module("asynctrain.executors").DaskExecutor
+    if name in executors.LATE:
+        return getattr(executors, name)
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(_LATE[name])

@@ -1,29 +1,31 @@
 """Homes for gradient workers.
 
-``DaskExecutor`` is imported when it is first asked for: it needs the extra ``dask``.
+Those outside of this process are imported when they are first asked for; ``DaskExecutor`` needs the extra ``dask``.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from asynctrain.executors.base import Executor, Session
 from asynctrain.executors.fingerprint import numeric_fingerprint
-from asynctrain.executors.group import ExecutorGroup
 from asynctrain.executors.local import InlineExecutor, ThreadExecutor
-from asynctrain.executors.pool import PoolExecutor
-from asynctrain.executors.process import ProcessExecutor
 
 if TYPE_CHECKING:
     from asynctrain.executors.dask import DaskExecutor as DaskExecutor
+    from asynctrain.executors.group import ExecutorGroup
+    from asynctrain.executors.pool import PoolExecutor
+    from asynctrain.executors.process import ProcessExecutor
+
+LATE = {"DaskExecutor": "dask", "ExecutorGroup": "group", "PoolExecutor": "pool", "ProcessExecutor": "process"}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "DaskExecutor":
+    if name not in LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from asynctrain.executors.dask import DaskExecutor
+        return getattr(import_module(f"asynctrain.executors.{LATE[name]}"), name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('DaskExecutor needs Dask: pip install "asynctrain[dask]"', name=error.name) from error
-    return DaskExecutor
 
 
 __all__ = [
