@@ -14,7 +14,6 @@ from functools import cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-import aiofiles.os
 import numpy as np
 
 from asynctrain._aio import Failure, Flow, Meter, in_thread, thread_pool
@@ -485,7 +484,9 @@ class _Moving:
         self._places = asyncio.Semaphore(source.in_flight)
         self._decoding = decoding
         self._connections = connections
-        self._read = partial(aiofiles.os.wrap(work.read), executor=reader)
+        from aiofiles.os import wrap  # it imports tempfile too, 5 ms in all: not before something is loaded
+
+        self._read = partial(wrap(work.read), executor=reader)
         self._tiny = False  # whether the chunk before was of tiny images
 
     async def read(self, chunk: Chunk) -> ReadChunk:
