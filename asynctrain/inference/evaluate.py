@@ -26,7 +26,7 @@ class EvaluationResult:
             weight is left out.
         samples: how many there were.
         metrics: what else was asked for, by name: JSON values.
-        skipped: samples that were left out, as the loader was told to do with bad ones.
+        skipped: samples that were left out, as the loader was told to do with bad ones; those of a run are its events.
     """
 
     loss: float

@@ -460,7 +460,8 @@ class Run:
         seconds = time.perf_counter() - started - (self._waited - waited)
         for skipped in result.skipped:
             await self._tell(_skipping(self._epoch, skipped))
-        await self._remember(Evaluation(self._epoch + 1, state.step, result, seconds))
+        found = replace(result, skipped=())  # told already; a history that kept them would grow with every evaluation
+        await self._remember(Evaluation(self._epoch + 1, state.step, found, seconds))
 
     async def _remember(self, event: EpochEnd | Evaluation) -> None:
         numbered = self._log.publish(event)

@@ -181,3 +181,4 @@ async def test_what_a_validation_leaves_out_is_told_before_what_it_finds(
     sources = [str(broken[index].source) for index in sorted(SCATTERED)]
     assert [getattr(event, "source", "found") for event in told] == [*sources, "found"] * 2
     assert {event.epoch for event in told[:8]} == {1}
+    assert not any(event.result.skipped for event in told if isinstance(event, Evaluation)), "kept in no history"
