@@ -27,13 +27,15 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+from asynctrain.errors import ClosedError
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -350,10 +352,58 @@ def step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid()) + 10)
 
 
+class Threads(ThreadPoolExecutor):
+    """So many threads, which step back."""
+
+    def __init__(self, workers: int, name: str) -> None:
+        super().__init__(workers, thread_name_prefix=f"asynctrain-{name}", initializer=step_back)
+        self.workers = workers
+
+
+class _Guest(Executor):
+    """Submits to threads that others submit to as well, and can wait for its own work."""
+
+    def __init__(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
+        self._submit = submit
+        self._futures: set[Future[Any]] = set()
+
+    def submit(self, function: Callable[..., R], /, *args: Any, **options: Any) -> Future[R]:
+        try:
+            future: Future[R] = self._submit(partial(function, *args, **options))
+        except RuntimeError as error:
+            raise ClosedError("the executor whose threads are shared is closed") from error
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        return future
+
+    def leave(self) -> None:
+        """Drop what has not begun, and wait for the rest. Blocks."""
+        left = list(self._futures)
+        for future in left:
+            future.cancel()
+        wait(left)
+
+
 @asynccontextmanager
-async def thread_pool(threads: int | None, name: str) -> AsyncIterator[ThreadPoolExecutor]:
+async def guest_of(submit: Callable[[Callable[[], Any]], Future[Any]]) -> AsyncIterator[Executor]:
+    """Share threads with whoever else they work for, by their ``submit``; at the end of the block it has left them.
+
+    Its ``submit`` raises ``ClosedError`` once the threads take no more.
+
+    Two kinds of work on threads of their own would have more threads busy than there are CPUs. One that holds the
+    interpreter, or was just handed it, may then wait for a CPU, and the loop waits for that thread.
+    """
+    guest = _Guest(submit)
+    try:
+        yield guest
+    finally:
+        await in_thread(guest.leave)
+
+
+@asynccontextmanager
+async def thread_pool(workers: int, name: str) -> AsyncIterator[Threads]:
     """Own some threads; at the end of the block work that has not begun is dropped, and the threads are joined."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix=f"asynctrain-{name}", initializer=step_back)
+    pool = Threads(workers, name)
     try:
         yield pool
     finally:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from asynctrain.arena import Arena, Array, Layout, Shape
+
+R = TypeVar("R")
 
 Params = Mapping[str, Array]
 JSON = Mapping[str, Any]
@@ -107,6 +110,19 @@ class BatchIterator(Protocol):
     async def __anext__(self) -> Batch: ...
 
 
+class SharedThreads(Protocol):
+    """Threads of this process that may be handed work from several sides."""
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        ...
+
+    def submit(self, function: Callable[[], R], /) -> Future[R]:
+        """Have ``function`` called; raises ``RuntimeError`` where the threads have ended."""
+        ...
+
+
 class BatchStream(Protocol):
     """What a training run needs of a loader (``asynctrain.Loader`` is one)."""
 
@@ -135,8 +151,13 @@ class BatchStream(Protocol):
         """What decides about its batches, as JSON: a run resumes only with data that is described alike."""
         ...
 
-    def open(self, cursor: Cursor = ..., *, epochs: int | None = ...) -> AbstractAsyncContextManager[BatchIterator]:
-        """Deliver the batches from ``cursor`` up to the end of epoch ``epochs - 1`` (by default of the cursor's)."""
+    def open(
+        self, cursor: Cursor = ..., *, epochs: int | None = ..., threads: SharedThreads | None = ...
+    ) -> AbstractAsyncContextManager[BatchIterator]:
+        """Deliver the batches from ``cursor`` up to the end of epoch ``epochs - 1`` (by default of the cursor's).
+
+        ``threads`` are those that the batches are computed on, if any are: they may be used for making them, too.
+        """
         ...
 
     def evaluating(self, dataset: Any) -> BatchStream:

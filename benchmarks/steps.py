@@ -130,7 +130,9 @@ class Prepared:
         self.skipped = ()
 
     @asynccontextmanager
-    async def open(self, cursor: Any = None, *, epochs: int | None = None) -> AsyncIterator[Any]:
+    async def open(
+        self, cursor: Any = None, *, epochs: int | None = None, threads: object = None
+    ) -> AsyncIterator[Any]:
         self._batches = self._cut()
         yield self
 

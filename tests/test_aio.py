@@ -17,6 +17,7 @@ from asynctrain._aio import (
     Flow,
     Meter,
     ServingGroup,
+    guest_of,
     in_thread,
     process_pool,
     source,
@@ -24,6 +25,7 @@ from asynctrain._aio import (
     thread_pool,
     unwrapped,
 )
+from asynctrain.errors import ClosedError
 
 
 async def through_stages(
@@ -430,6 +432,34 @@ async def test_the_threads_of_a_pool_have_ended_after_its_block_and_work_not_beg
     assert log == [0]
     assert [future.cancelled() for future in futures] == [False, True, True]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("asynctrain-test")]
+
+
+async def test_a_guest_leaves_threads_that_go_on_with_nothing_of_its_own_on_them() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    log: list[str] = []
+
+    def work(name: str) -> None:
+        log.append(name)
+        begun.set()
+        may_end.wait()
+
+    async with thread_pool(1, "test") as pool:
+        async with guest_of(pool.submit) as guest:
+            futures = [guest.submit(work, name) for name in ("under way", "not begun")]
+            other = pool.submit(log.append, "the host's own")
+            await in_thread(begun.wait)
+            asyncio.get_running_loop().call_later(0.01, may_end.set)
+        assert log[0] == "under way"
+        assert [future.cancelled() for future in futures] == [False, True]
+        await asyncio.wrap_future(other)
+        assert log == ["under way", "the host's own"]
+
+
+async def test_a_guest_is_told_when_its_host_has_closed() -> None:
+    async with thread_pool(1, "test") as pool, guest_of(pool.submit) as guest:
+        pool.shutdown()
+        with pytest.raises(ClosedError, match=r"^the executor whose threads are shared is closed$"):
+            guest.submit(print)
 
 
 def has_ended(pid: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import lru_cache
 from time import perf_counter
@@ -47,7 +47,7 @@ class Decoding(Protocol):
 class OnThreads:
     """Decodes on threads, images under 4 KiB one chunk at a time."""
 
-    def __init__(self, work: Work, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, work: Work, threads: Executor) -> None:
         self._work = work
         self._threads = threads
         self.interpreter = asyncio.Lock()
@@ -75,7 +75,7 @@ class InProcesses:
         slots: shared memory, each for one chunk; as many chunks are decoded at once.
     """
 
-    def __init__(self, work: Work, processes: Executor, threads: ThreadPoolExecutor, slots: list[SharedMemory]) -> None:
+    def __init__(self, work: Work, processes: Executor, threads: Executor, slots: list[SharedMemory]) -> None:
         self._work = work
         self._processes = processes
         self._threads = threads
@@ -161,7 +161,7 @@ def _ring(slots: int, nbytes: int) -> Iterator[list[SharedMemory]]:
 
 @asynccontextmanager
 async def open_decoding(
-    home: Home, work: Work, workers: int, limit: int, samples: int | None, threads: ThreadPoolExecutor
+    home: Home, work: Work, workers: int, limit: int, samples: int | None, threads: Executor
 ) -> AsyncIterator[Decoding]:
     """Own what decoding at ``home`` needs.
 
@@ -192,7 +192,7 @@ async def open_decoding(
 class _Measured:
     """Decides by the first chunk that has something to decode, and stays with the decision."""
 
-    def __init__(self, work: Work, threads: ThreadPoolExecutor, samples: int | None, in_processes: _Starting) -> None:
+    def __init__(self, work: Work, threads: Executor, samples: int | None, in_processes: _Starting) -> None:
         self._work = work
         self._threads = threads
         self._samples = samples

@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from asynctrain._aio import Failure, Flow, Meter, in_thread, thread_pool
+from asynctrain._aio import Failure, Flow, Meter, guest_of, in_thread, thread_pool
 from asynctrain.arena import Array
 from asynctrain.data.augment import Augmentation, Mixing
 from asynctrain.data.batching import (
@@ -41,7 +41,7 @@ from asynctrain.data.sampler import Order, Sampler
 from asynctrain.data.statistics import Statistics
 from asynctrain.errors import DataError
 from asynctrain.randomness import Purpose, generator, require_seed
-from asynctrain.types import Batch, Cursor, Skipped
+from asynctrain.types import Batch, Cursor, SharedThreads, Skipped
 
 if TYPE_CHECKING:  # not needed by most programs, and not for nothing to import
     from asynctrain.data.cache import Cache, CacheRows
@@ -114,6 +114,7 @@ class _Opening:
         self.prefetch = _one_or_more("prefetch", prefetch)
         self.threads = min(os.cpu_count() or 1, 4) if threads is None else _one_or_more("threads", threads)
         self.executor: Home = executor
+        self._shares = threads is None and executor == "threads"  # another's threads, where a stream is offered some
         self.chunk = None if chunk == "auto" else _one_or_more("chunk", chunk)
         self.seed = require_seed(seed)
         self.augment = augment
@@ -150,14 +151,20 @@ class _Opening:
 
     @asynccontextmanager
     async def _batches(
-        self, source: _Source, cursor: Cursor, samples: int | None, stack: AsyncExitStack
+        self, source: _Source, cursor: Cursor, samples: int | None, threads: SharedThreads | None, stack: AsyncExitStack
     ) -> AsyncIterator[Batches]:
         """Open the pipeline behind ``source``; what it needs is on ``stack`` and outlives it."""
-        decoder = await stack.enter_async_context(thread_pool(self.threads, "decode"))
+        decoder: Executor
+        if threads is not None and self._shares:
+            workers = min(self.threads, threads.workers)
+            decoder = await stack.enter_async_context(guest_of(threads.submit))
+        else:
+            workers = self.threads
+            decoder = await stack.enter_async_context(thread_pool(workers, "decode"))
         moving = _Moving(
             source,
             await stack.enter_async_context(thread_pool(1, "read")),
-            await stack.enter_async_context(self._decoding(source, samples, decoder)),
+            await stack.enter_async_context(self._decoding(source, samples, workers, decoder)),
             await stack.enter_async_context(Connections()),
         )
         stack.callback(source.work.stopping.set)
@@ -166,7 +173,7 @@ class _Opening:
         pipeline = (
             Pipeline(source.chunks)
             .map(moving.read, concurrency=source.reads, name="read")
-            .map(moving.decode, concurrency=self.threads, name="decode")
+            .map(moving.decode, concurrency=workers, name="decode")
             .through(partial(self._assemble, assembler, decoder), name="assemble")
             .prefetch(self.prefetch)
             .hint(**_HINTS)
@@ -175,10 +182,10 @@ class _Opening:
             yield Batches(stream, assembler)
 
     def _decoding(
-        self, source: _Source, samples: int | None, threads: ThreadPoolExecutor
+        self, source: _Source, samples: int | None, workers: int, threads: Executor
     ) -> AbstractAsyncContextManager[Decoding]:
         limit = self.chunk or self._chunk_limit
-        return open_decoding(self.executor, source.work, self.threads, limit, samples, threads)
+        return open_decoding(self.executor, source.work, workers, limit, samples, threads)
 
     @property
     def _chunk_limit(self) -> int:
@@ -195,7 +202,7 @@ class _Opening:
     async def _assemble(
         self,
         assembler: Assembler,
-        threads: ThreadPoolExecutor,
+        threads: Executor,
         inbox: Flow[Chunk],
         outbox: Flow[Batch],
         meter: Meter,
@@ -209,7 +216,7 @@ class _Opening:
                 for pieces in assembler.add(chunk.slab):
                     await hand_on(await self._batch(pieces, threads), outbox, meter)
 
-    async def _batch(self, pieces: Pieces, threads: ThreadPoolExecutor) -> Batch:
+    async def _batch(self, pieces: Pieces, threads: Executor) -> Batch:
         if self.mix is not None:
             make: Callable[[], Batch] = partial(pieces.mixed, self._mixed)
         elif len(pieces.rows) == 1 or pieces.samples * prod(self.image_shape) < LARGE:
@@ -259,9 +266,10 @@ class Loader(_Opening):
         max_skipped: how many samples of an epoch may be skipped, as a count or, a float, as a share.
         drop_last: leave out the samples of an epoch's last batch if it would not be full.
         prefetch: finished batches that wait for the caller, 1 or more.
-        threads: images decoded at once, 1 or more; by default the number of CPUs, at most 4. Photos gain nearly that
-            factor. Images of less than 4 KiB are decoded by one thread at a time in any case: Pillow spends most of
-            their time under the GIL, and two threads were slower than one.
+        threads: images decoded at once, 1 or more; by default the number of CPUs, at most 4, and in a run that computes
+            on threads, on those threads, so that no more are busy than there are CPUs. Photos gain nearly that factor.
+            Images of less than 4 KiB are decoded by one thread at a time in any case: Pillow spends most of their time
+            under the GIL, and two threads were slower than one.
         executor: where images are decoded: on ``"threads"``, in as many ``"processes"`` (they are spawned, so a script
             needs its main guard), or ``"auto"``: processes where a measurement of the first chunk shows that a second
             thread gains little, and an epoch has enough to do for it.
@@ -335,7 +343,9 @@ class Loader(_Opening):
         """
         return _evaluating(self, dataset, self.cache)
 
-    def open(self, cursor: Cursor = BEGINNING, *, epochs: int | None = None) -> AbstractAsyncContextManager[Batches]:
+    def open(
+        self, cursor: Cursor = BEGINNING, *, epochs: int | None = None, threads: SharedThreads | None = None
+    ) -> AbstractAsyncContextManager[Batches]:
         """Open a stream of the batches from ``cursor`` on; reading ahead goes on across the epochs' ends.
 
         When a sample fails, the batches before its own are delivered, then its error is raised. Leaving the block, by
@@ -344,6 +354,8 @@ class Loader(_Opening):
         Args:
             cursor: the place to begin at, from a batch of a loader with the same dataset, seed and batch size.
             epochs: deliver up to the end of epoch ``epochs - 1``; by default of the cursor's own epoch.
+            threads: decode on these, which a run does with those of its executor; unless the loader was given a number
+                of threads, or decodes in processes.
 
         Raises:
             ValueError: ``cursor`` is beyond the epoch or not between two batches, or ``epochs`` is negative.
@@ -353,10 +365,12 @@ class Loader(_Opening):
         self._plan.check(cursor)
         if epochs is not None and epochs < 0:
             raise ValueError(f"epochs must be 0 or more, got {epochs}")
-        return self._opened(cursor, epochs)
+        return self._opened(cursor, epochs, threads)
 
     @asynccontextmanager
-    async def _opened(self, cursor: Cursor, epochs: int | None) -> AsyncIterator[Batches]:
+    async def _opened(
+        self, cursor: Cursor, epochs: int | None, threads: SharedThreads | None
+    ) -> AsyncIterator[Batches]:
         stopping = threading.Event()
         async with AsyncExitStack() as stack:
             rows = await self._open_cache(stack, stopping)
@@ -367,7 +381,7 @@ class Loader(_Opening):
                 reads = 2 * -(-in_flight // size.size)  # so that a chunk that waits for its last leaves no place idle
             work = self._work(self.dataset, self.order, rows, stopping)
             source = _Source(self._plan.chunks(cursor, epochs, size), work, size, reads, in_flight)
-            yield await stack.enter_async_context(self._batches(source, cursor, self._plan.samples, stack))
+            yield await stack.enter_async_context(self._batches(source, cursor, self._plan.samples, threads, stack))
 
     def _is_fetched(self) -> bool:
         """Whether sources that are read on the loop are among the first of the epoch."""
@@ -417,7 +431,9 @@ class StreamLoader(_Opening):
         """Return a loader over ``dataset`` with the same image settings; see ``Loader.evaluating``."""
         return _evaluating(self, dataset, None)
 
-    def open(self, cursor: Cursor = BEGINNING, *, epochs: int | None = None) -> AbstractAsyncContextManager[Batches]:
+    def open(
+        self, cursor: Cursor = BEGINNING, *, epochs: int | None = None, threads: SharedThreads | None = None
+    ) -> AbstractAsyncContextManager[Batches]:
         """Open a stream of the batches from ``cursor`` on; see ``Loader.open``.
 
         Raises:
@@ -429,10 +445,10 @@ class StreamLoader(_Opening):
                 f"{self.stream!r} can be read only once, from its beginning: epochs must be 1 and cursor the first "
                 f"one, got epochs={last} and {cursor}; give it a function that opens it at a position"
             )
-        return self._opened(cursor, last)
+        return self._opened(cursor, last, threads)
 
     @asynccontextmanager
-    async def _opened(self, cursor: Cursor, epochs: int) -> AsyncIterator[Batches]:
+    async def _opened(self, cursor: Cursor, epochs: int, threads: SharedThreads | None) -> AsyncIterator[Batches]:
         async with AsyncExitStack() as stack:
             size = self._chunk_size(min(self.batch_size, self._chunk_limit))  # records may be slow to come
 
@@ -449,7 +465,7 @@ class StreamLoader(_Opening):
                     position = 0
 
             source = _Source(feed, self._work(None, None, None, threading.Event()), size, self.threads, 1)
-            yield await stack.enter_async_context(self._batches(source, cursor, self.stream.length, stack))
+            yield await stack.enter_async_context(self._batches(source, cursor, self.stream.length, threads, stack))
 
     def __repr__(self) -> str:
         return f"<StreamLoader of {self.stream!r}: batches of {self.batch_size}, images {self.image_shape}>"
@@ -576,7 +592,7 @@ def _evaluating(loader: _Opening, dataset: Dataset, cache: Cache | None) -> Load
         errors=loader.errors,
         max_skipped=loader.max_skipped,
         prefetch=loader.prefetch,
-        threads=loader.threads,
+        threads=None if loader._shares else loader.threads,
         executor=loader.executor,
         chunk=loader.chunk or "auto",
     )

@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, Self, overload
 
-from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Notice, Params, Program
+from asynctrain.types import (
+    ForwardResult,
+    ForwardWork,
+    GradientResult,
+    GradientWork,
+    Notice,
+    Params,
+    Program,
+    SharedThreads,
+)
 
 Tell = Callable[[Notice], None]
 """Hears of workers that come and go: called on the loop, synchronously, so it must be quick and must not raise."""
@@ -20,6 +29,16 @@ Tell = Callable[[Notice], None]
 
 def nobody(notice: Notice) -> None:
     """Let a notice go unheard."""
+
+
+def threads_of(executor: Executor) -> SharedThreads | None:
+    """Return the threads of this process that ``executor`` computes on, where it has them to share.
+
+    Whoever makes the batches should use the same: with more threads busy than there are CPUs, one that holds the
+    interpreter waits for its turn, and the event loop for it.
+    """
+    threads: SharedThreads | None = getattr(executor, "threads", None)
+    return threads
 
 
 class Session(Protocol):

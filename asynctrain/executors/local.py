@@ -6,19 +6,19 @@ import asyncio
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, TypeVar, overload
 
-from asynctrain._aio import in_thread, step_back
+from asynctrain._aio import Threads, in_thread
 from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError
 from asynctrain.executors.base import Session, Tell, nobody
 from asynctrain.executors.blas import find_blas, one_blas_thread
 from asynctrain.executors.fingerprint import numeric_fingerprint
 from asynctrain.executors.worker import GradientWorker, Job, StopFlag
-from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program
+from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program, SharedThreads
 
 T = TypeVar("T")
 Split = Literal["auto", "microbatches", "layers"]
@@ -218,9 +218,9 @@ class InFlight:
 class _ThreadSession(_LocalSession):
     """Sends work to the executor's threads and knows what is in flight there."""
 
-    def __init__(self, address: str, ready: _Ready, threads: ThreadPoolExecutor, slots: int, split: Split) -> None:
+    def __init__(self, address: str, ready: _Ready, threads: Threads, split: Split) -> None:
         super().__init__(address, ready)
-        self.slots = slots
+        self.slots = threads.workers
         self._threads = threads
         self._split = split
         self._in_flight = InFlight(address)
@@ -305,7 +305,8 @@ class ThreadExecutor(_LocalExecutor):
             input gradients goes on. ``"auto"``: layers where a step has fewer microbatches than there are threads. The
             bits are the same.
 
-    Cancelling the task that awaits a computation stops it before the next layer's kernel.
+    Cancelling the task that awaits a computation stops it before the next layer's kernel. The images of a run are
+    decoded on the same threads, unless its loader was given a number of threads of its own.
     """
 
     def __init__(self, workers: int | None = None, *, split: Split = "auto") -> None:
@@ -313,20 +314,24 @@ class ThreadExecutor(_LocalExecutor):
             raise ValueError(f"workers must be at least 1, got {workers}")
         if split not in ("auto", "microbatches", "layers"):
             raise ValueError(f"split must be 'auto', 'microbatches' or 'layers', got {split!r}")
-        self._workers = workers or usable_cpus()
         self._split: Split = split
-        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="asynctrain-kernel", initializer=step_back)
-        super().__init__(f"threads:{self._workers}")
+        self._threads = Threads(workers or usable_cpus(), "kernel")
+        super().__init__(f"threads:{self._threads.workers}")
 
     def _session(self, ready: _Ready) -> _ThreadSession:
-        return _ThreadSession(self._address, ready, self._threads, self._workers, self._split)
+        return _ThreadSession(self._address, ready, self._threads, self._split)
+
+    @property
+    def threads(self) -> SharedThreads:
+        """The threads, for what belongs to the same training: a run decodes its images on them."""
+        return self._threads
 
     async def aclose(self, grace: float = GRACE) -> None:
         """Stop all work and end the threads; may be called again.
 
         Raises ``ExecutorError`` where a kernel does not end within ``grace`` seconds; a thread cannot be killed.
         """
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False)  # what was handed to them by others is done to the end
         await super().aclose(grace)
         await in_thread(self._threads.shutdown)  # idle by now, they end at once
 

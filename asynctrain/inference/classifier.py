@@ -20,7 +20,7 @@ from asynctrain._safetensors import parts_of
 from asynctrain.arena import Arena, Array
 from asynctrain.data.images import ImageSettings
 from asynctrain.errors import CheckpointError
-from asynctrain.executors.base import Executor
+from asynctrain.executors.base import Executor, threads_of
 from asynctrain.inference.evaluate import EvaluationResult, Metric, evaluate, forward
 from asynctrain.inference.predictor import MICRO_BATCH, ImageLike, Images, Predictor, one_by_one
 from asynctrain.nn.kernels.activations import softmax
@@ -217,7 +217,7 @@ class Classifier:
             raise ValueError(f"the model knows the classes {self.classes}, the data has {tuple(data.classes)}")
         async with executor.open(self.program) as session:
             await session.broadcast(self._params, self._model_state, 0)
-            return await evaluate(session, 0, data, microbatch, metrics)
+            return await evaluate(session, 0, data, microbatch, metrics, threads=threads_of(executor))
 
     async def _predictions(self, images: Images, top_k: int, executor: Executor | None) -> list[Prediction]:
         return [

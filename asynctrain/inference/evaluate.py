@@ -13,7 +13,7 @@ import numpy as np
 from asynctrain._aio import first_of_several
 from asynctrain.arena import Array
 from asynctrain.executors.base import Session
-from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, Skipped, Sums, cut
+from asynctrain.types import JSON, Batch, BatchStream, ForwardResult, ForwardWork, SharedThreads, Skipped, Sums, cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,16 @@ async def evaluate(
     microbatch: int | None,
     metrics: Sequence[Metric] = (),
     between: Callable[[], Awaitable[None]] = _go_on,
+    threads: SharedThreads | None = None,
 ) -> EvaluationResult:
     """Evaluate the parameters of ``version`` over one epoch of ``stream``, each batch ``cut`` as in training.
 
-    After each batch it awaits ``between()``, which may take as long as it likes.
+    After each batch it awaits ``between()``, which may take as long as it likes. ``threads`` are those that the session
+    computes on, if any are.
     """
     sums = Sums()
     gathered = [metric.begin() for metric in metrics]
-    async with stream.open() as batches:
+    async with stream.open(threads=threads) as batches:
         async for batch in batches:
             results = await forward(session, version, _pieces(batch, microbatch))
             sums = sum((result.sums for result in results), start=sums)

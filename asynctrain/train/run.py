@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from asynctrain._aio import ServingGroup, first_of_several, thread_pool
 from asynctrain.errors import ClosedError, ExecutorError
-from asynctrain.executors.base import Executor, Session
+from asynctrain.executors.base import Executor, Session, threads_of
 from asynctrain.inference import evaluate
 from asynctrain.inference.classifier import Classifier
 from asynctrain.nn.model import Model
@@ -288,9 +289,11 @@ class Run:
     async def _train(self) -> Reason:
         job, state = self._job, self._state
         async with (
-            thread_pool(None, "update") as threads,
+            thread_pool(os.cpu_count() or 1, "update") as threads,
             job.executor.open(state.program, self._notice) as session,
-            job.loader.open(state.cursor, epochs=job.limits.epochs or 2**62) as batches,
+            job.loader.open(
+                state.cursor, epochs=job.limits.epochs or 2**62, threads=threads_of(job.executor)
+            ) as batches,
         ):
             self._batches = batches
             step = TrainStep(job.model, session, job.optimizer, job.microbatch, threads)
@@ -453,7 +456,13 @@ class Run:
             await session.broadcast(state.averaged().params, state.model_state, version)
         waited = self._waited
         result = await evaluate.evaluate(
-            session, version, job.validation, job.microbatch, job.metrics, self._listen_amid_step
+            session,
+            version,
+            job.validation,
+            job.microbatch,
+            job.metrics,
+            self._listen_amid_step,
+            threads_of(job.executor),
         )
         if averaged:
             await session.broadcast(state.params, state.model_state, state.step)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 from asynctrain._aio import ServingGroup, in_thread
 from asynctrain._version import __version__
-from asynctrain.executors.base import Executor
+from asynctrain.executors.base import Executor, threads_of
 from asynctrain.executors.fingerprint import numeric_fingerprint
 from asynctrain.inference.classifier import Trained
 from asynctrain.inference.evaluate import EvaluationResult, Metric, evaluate
@@ -301,7 +301,8 @@ class Trainer:
         state = state or self.state
         async with self._executor.open(state.program) as session:
             await session.broadcast(state.params, state.model_state, state.step)
-            return await evaluate(session, state.step, data, self._microbatch, metrics)
+            threads = threads_of(self._executor)
+            return await evaluate(session, state.step, data, self._microbatch, metrics, threads=threads)
 
     def _validation_stream(self, loader: BatchStream, validate: Any) -> BatchStream | None:
         if validate is None:
