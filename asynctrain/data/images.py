@@ -20,19 +20,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
-
-# The six formats by name: when Pillow does not know one yet it imports all the plugins it has, over forty.
-from PIL import (
-    BmpImagePlugin,  # noqa: F401
-    GifImagePlugin,  # noqa: F401
-    Image,
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    UnidentifiedImageError,
-    WebPImagePlugin,  # noqa: F401
-    features,
-)
+from PIL import Image, UnidentifiedImageError, features
 
 from asynctrain.arena import Array
 from asynctrain.errors import DecodeError
@@ -289,7 +277,24 @@ def _decoded_by_simplejpeg(encoded: bytes, mode: str, placement: _Placement, set
 def _identified(encoded: bytes) -> Image.Image:
     if not encoded:
         raise ValueError("it is empty")
+    _import_formats()
     return Image.open(BytesIO(encoded), formats=FORMATS)
+
+
+@cache
+def _import_formats() -> None:
+    """Import the six formats by name, in the thread that decodes first, as this takes 15 ms.
+
+    When Pillow does not know one yet it imports all the plugins it has, over forty.
+    """
+    from PIL import (  # noqa: F401
+        BmpImagePlugin,
+        GifImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
 
 
 def _check_pixels(size: tuple[int, int], settings: ImageSettings) -> None:

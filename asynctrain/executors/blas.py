@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-from threadpoolctl import ThreadpoolController
-
 from asynctrain.errors import ExecutorError
 
 
@@ -78,6 +76,8 @@ _guard = _Guard()  # process-wide, like the setting that it guards
 
 def find_blas() -> list[Library]:
     """Return the BLAS libraries of this process. Blocks for about a millisecond: the system lists what is loaded."""
+    from threadpoolctl import ThreadpoolController
+
     return [Library(found) for found in ThreadpoolController().select(user_api="blas").lib_controllers]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from asynctrain.errors import FingerprintError
 
@@ -49,6 +48,8 @@ def _blas_of_numpy() -> list[Mapping[str, object]]:
 
     Others, such as the one that importing scipy loads, take no part in the arithmetic here.
     """
+    from threadpoolctl import threadpool_info
+
     found = [library for library in threadpool_info() if library["user_api"] == "blas"]
     package = Path(np.__file__).resolve().parent
     folders = package, package.with_name("numpy.libs")

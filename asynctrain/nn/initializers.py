@@ -13,7 +13,7 @@ import numpy as np
 
 from asynctrain.arena import Array, Shape
 
-Initializer = Callable[[Shape, np.random.Generator], Array]
+Initializer = Callable[[Shape, "np.random.Generator"], Array]  # a name: numpy.random is imported when it is used
 
 
 def he_normal(shape: Shape, rng: np.random.Generator) -> Array:

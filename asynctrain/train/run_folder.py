@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +49,8 @@ class RunFolder:
 
     def require(self, config: Mapping[str, Any]) -> None:
         """Raise ``CheckpointError``, naming the first difference, unless the run was begun as ``config`` describes."""
+        import tomllib
+
         file = self.path / CONFIG
         try:
             there = tomllib.loads(file.read_text(encoding="utf-8"))

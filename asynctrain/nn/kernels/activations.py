@@ -7,10 +7,11 @@ Arguments called ``out`` are C-contiguous; ``scratch`` and ``positive`` have ``b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from math import pi, sqrt
+from typing import Any
 
 import numpy as np
-from numpy.polynomial.chebyshev import cheb2poly
 
 from asynctrain.arena import Array
 
@@ -177,7 +178,14 @@ _CHEBYSHEV = (
 )
 _KNEE = 3.75
 _FAR = 50  # standard deviations: beyond, the tail is 0 in both dtypes, and a square might overflow
-_POLYNOMIALS = {np.dtype(np.float32): cheb2poly(_CHEBYSHEV[:13]), np.dtype(np.float64): cheb2poly(_CHEBYSHEV)}
+
+
+@cache
+def _polynomial(dtype: np.dtype[Any]) -> Array:
+    from numpy.polynomial.chebyshev import cheb2poly
+
+    coefficients: Array = cheb2poly(_CHEBYSHEV[:13] if dtype == np.float32 else _CHEBYSHEV).astype(dtype)
+    return coefficients
 
 
 def normal_cdf(x: Array, *, out: Array, scratch: Array) -> Array:
@@ -186,7 +194,7 @@ def normal_cdf(x: Array, *, out: Array, scratch: Array) -> Array:
     What is computed is the tail below -|x|, so that small values have a small relative error too: a few units in the
     last place, times x^2. ``scratch`` is (3, block_size(x)).
     """
-    polynomial = _POLYNOMIALS[x.dtype].astype(x.dtype)
+    polynomial = _polynomial(x.dtype)
     for value, target in _blocks(x, out):
         size, t, tail = scratch[:, : value.size]
         np.absolute(value, out=size)  # sqrt(2) z
