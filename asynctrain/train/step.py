@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from asynctrain._aio import in_thread
 from asynctrain.arena import Arena
 from asynctrain.errors import DivergenceError, ExecutorError, WeightlessBatchError
 from asynctrain.executors.base import Session
@@ -147,8 +148,7 @@ class TrainStep:
         self._handed_out = False
         self._size = state.params.layout.size
         self._statistics = self._model.statistics_layout.empty()
-        self._spare = state.writable_copy()
-        state = state.writable_copy()
+        self._spare, state = await in_thread(lambda: (state.writable_like(), state.writable_copy()))
         await self._session.broadcast(state.params, state.model_state, state.step)
         return state
 

@@ -209,6 +209,7 @@ def test_running_statistics_are_folded_from_the_whole_batch_whatever_its_microba
     for cuts in ([23], [8, 8, 7], [1, 22], [1] * 23):
         passes = Passes(BatchNorm(0.75), (5, 4, 3))
         total = passes.model.statistics_layout.empty()
+        total.vector.fill(0)
         for piece in np.split(x, np.cumsum(cuts)[:-1]):
             passes.forward(piece)
             total.vector[...] += passes.statistics.vector
