@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from asynctrain.train.events import finite
@@ -44,7 +44,7 @@ class Progress:
 
     def to_json(self) -> JSON:
         """Return its fields as JSON values; what is not finite is null."""
-        told: JSON = finite(asdict(self))
+        told: JSON = finite({name: getattr(self, name) for name in self.__slots__})
         return told
 
 
