@@ -27,6 +27,7 @@ from PIL import Image
 
 import asynctrain as at
 from asynctrain.data.images import ImageSettings, decode
+from benchmarks import harness
 from benchmarks.harness import Row, child, interleave, report, spread
 
 ROOT = Path(__file__).parents[1]
@@ -109,17 +110,21 @@ def rows_of(name: str, rounds: list[dict[str, list[float]]]) -> list[Row]:
 def main() -> None:
     """Run the rounds, or one where ``--measure`` says so."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two rounds, for a look")
+    parser.add_argument("--quick", action="store_true", help="one round, for a look; writes no results")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps({"name": told(), "rates": measure()}))
         return
-    pythons = [Path(sys.executable), *sorted(ROOT.glob(".venv-python*/bin/python"))]
+    pythons = sorted(ROOT.glob(".venv-python*/bin/python")) or [Path(sys.executable)]
     cases = {str(python): partial(child, "benchmarks.pythons", "--measure", python=python) for python in pythons}
-    results: dict[str, list[dict[str, Any]]] = interleave(cases, 2 if arguments.quick else 10)
+    results: dict[str, list[dict[str, Any]]] = interleave(cases, 1 if arguments.quick else arguments.rounds)
     by_name = {rounds[0]["name"]: [round_["rates"] for round_ in rounds] for rounds in results.values()}
     rows = [row for name, rounds in sorted(by_name.items()) for row in rows_of(name, rounds)]
+    if arguments.quick:
+        print(harness.table(rows))
+        return
     report("pythons", rows, {"numpy": np.__version__})
 
 
