@@ -351,7 +351,8 @@ def draw(results: Mapping[str, Sequence[Round]], machine: Mapping[str, object]) 
     axes.axhline(0.01, color="black", linewidth=0.5, linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="latency of GET /run while it trains, ms", ylabel="share slower")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False, loc="upper right")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.legend(frameon=False, loc="lower left")
     points: dict[str, tuple[str, Callable[[Round], list[float]]]] = {
         "images": ("images trained on a second", lambda one: [one.rate]),
         "cancel": ("ms from cancel to the stop", lambda one: [value * 1e3 for value in one.stopped]),
