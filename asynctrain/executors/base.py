@@ -37,7 +37,7 @@ def threads_of(executor: Executor) -> SharedThreads | None:
     Whoever makes the batches should use the same: with more threads busy than there are CPUs, one that holds the
     interpreter waits for its turn, and the event loop for it.
     """
-    threads: SharedThreads | None = getattr(executor, "threads", None)
+    threads: SharedThreads | None = getattr(executor, "shared_threads", None)
     return threads
 
 

@@ -322,7 +322,7 @@ class ThreadExecutor(_LocalExecutor):
         return _ThreadSession(self._address, ready, self._threads, self._split)
 
     @property
-    def threads(self) -> SharedThreads:
+    def shared_threads(self) -> SharedThreads:
         """The threads, for what belongs to the same training: a run decodes its images on them."""
         return self._threads
 
