@@ -11,6 +11,8 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ import imagecodecs
 import numpy as np
 import PIL
 import pytest
-import simplejpeg  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -31,6 +32,9 @@ from asynctrain.errors import DecodeError
 
 RGB = ImageSettings((4, 6), 3)
 GREY = ImageSettings((4, 6), 1)
+
+with_simplejpeg = pytest.mark.skipif(find_spec("simplejpeg") is None, reason="simplejpeg has no wheel for this Python")
+FAST = [pytest.param("simplejpeg", marks=with_simplejpeg), "imagecodecs"]
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -355,17 +359,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the list that the fast decoders write their names to when they are called."""
     names: list[str] = []
 
-    def spy(module: Any, function: str) -> None:
+    def spy(name: str, function: str) -> None:
+        module = import_module(name)
         original = getattr(module, function)
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            names.append(module.__name__)
+            names.append(name)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, function, called)
 
-    spy(simplejpeg, "decode_jpeg")
-    spy(imagecodecs, "png_decode")
+    if find_spec("simplejpeg"):
+        spy("simplejpeg", "decode_jpeg")
+    spy("imagecodecs", "png_decode")
     return names
 
 
@@ -382,6 +388,7 @@ def test_imagecodecs_gives_the_pixels_of_png_files_that_pillow_gives(
     assert calls == ["imagecodecs"] * 2
 
 
+@with_simplejpeg
 @pytest.mark.parametrize("resize", images.RESIZES)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -404,7 +411,7 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-@pytest.mark.parametrize("decoder", ["simplejpeg", "imagecodecs"])
+@pytest.mark.parametrize("decoder", FAST)
 @pytest.mark.parametrize(
     ("image", "kind", "options"),
     [
@@ -430,7 +437,7 @@ def test_what_a_fast_decoder_is_not_for_goes_through_pillow(
     assert not calls
 
 
-@pytest.mark.parametrize("decoder", ["simplejpeg", "imagecodecs"])
+@pytest.mark.parametrize("decoder", FAST)
 def test_fast_decoders_reject_what_is_broken_or_too_large(decoder: str, calls: list[str]) -> None:
     for kind in ("JPEG", "PNG"):
         content = encoded(Image.effect_noise((50, 50), 90), kind)
@@ -486,6 +493,10 @@ def test_the_fingerprint_names_the_decoder_and_all_versions() -> None:
     assert all(any(letter.isdigit() for letter in plain[key]) for key in ("jpeg", "zlib", "webp", "tiff"))
     fast = decoder_fingerprint(ImageSettings(decoder="imagecodecs"))
     assert fast == {**plain, "decoder": "imagecodecs", "imagecodecs": imagecodecs.__version__}
+
+
+@with_simplejpeg
+def test_the_fingerprint_names_simplejpeg_where_that_decodes() -> None:
     assert decoder_fingerprint(ImageSettings(decoder="simplejpeg"))["simplejpeg"]
 
 

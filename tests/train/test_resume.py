@@ -244,8 +244,8 @@ async def test_another_version_of_the_decoder_is_refused_and_named_unless_close_
 
 
 async def test_another_decoder_is_refused_and_named(run_dir: Path, model: at.Model, blobs: at.ArrayDataset) -> None:
-    other = at.Loader(blobs, batch_size=40, image_size=(12, 12), channels=1, decoder="simplejpeg")
-    with pytest.raises(FingerprintError, match="decoder is 'simplejpeg' here and 'pillow' there"):
+    other = at.Loader(blobs, batch_size=40, image_size=(12, 12), channels=1, decoder="imagecodecs")
+    with pytest.raises(FingerprintError, match="decoder is 'imagecodecs' here and 'pillow' there"):
         await make(model, at.InlineExecutor()).resume(run_dir, other, **asked(blobs))
 
 
