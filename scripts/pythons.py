@@ -29,8 +29,11 @@ def found(name: str) -> Path | None:
     """Return the interpreter of a name such as ``python3.13``, if there is one that runs."""
     there = [path for place in PLACES for path in Path.home().glob(f"{place}/{name}")]
     on_path = shutil.which(name)
-    for candidate in [Path(on_path), *there] if on_path else there:
-        if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:  # a shim of pyenv may not run
+    is_other = (
+        f"import sys, sysconfig; sys.exit(bool(sysconfig.get_config_var('Py_GIL_DISABLED')) != {name[-1] == 't'})"
+    )
+    for candidate in [Path(on_path), *there] if on_path else there:  # a shim of pyenv may not run
+        if subprocess.run([candidate, "-c", is_other], capture_output=True).returncode == 0:
             return candidate
     return None
 
