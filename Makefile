@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev ## run the test suite
 test-oldest: $(OLDEST)/.installed ## run the test suite on the oldest supported release of each dependency
 	$(OLDEST)/bin/python -m pytest $(TESTS)
 
-test-pythons: $(RUN) ## run the test suite on each supported Python that is found here (TESTS=tests/nn: a part of it)
+test-pythons: $(RUN) ## run the test suite on each other supported Python that is found here (TESTS=tests/nn: a part of it)
 	@$(RUN) scripts/pythons.py $(TESTS)
 
 soak: $(VENV)/.installed-dev ## run the long tests, in at most an hour (SOAK=quick: in some minutes)

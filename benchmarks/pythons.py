@@ -117,7 +117,9 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps({"name": told(), "rates": measure()}))
         return
-    pythons = sorted(ROOT.glob(".venv-python*/bin/python")) or [Path(sys.executable)]
+    others = ROOT.glob(".venv-python*/bin/python")
+    own = "python{}.{}".format(*sys.version_info)
+    pythons = [Path(sys.executable), *sorted(path for path in others if path.parts[-3] != f".venv-{own}")]
     cases = {str(python): partial(child, "benchmarks.pythons", "--measure", python=python) for python in pythons}
     results: dict[str, list[dict[str, Any]]] = interleave(cases, 1 if arguments.quick else arguments.rounds)
     by_name = {rounds[0]["name"]: [round_["rates"] for round_ in rounds] for rounds in results.values()}
