@@ -18,7 +18,14 @@ def write_whole(
     Blocks. Raises ``OSError`` that names ``path``; what was there before is then still there and nothing else is left
     behind. So it is where ``stopped`` says that nobody wants the file any more, but without an error.
     """
-    parts = [content] if isinstance(content, bytes) else content
+    try:
+        _write_whole(path, [content] if isinstance(content, bytes) else content, stopped)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # of a full disk it names no file
+        raise
+
+
+def _write_whole(path: Path, parts: Sequence[bytes | memoryview], stopped: Callable[[], bool]) -> None:
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
         try:
             for piece in (part[start : start + PIECE] for part in parts for start in range(0, len(part), PIECE)):
@@ -30,11 +37,9 @@ def write_whole(
             os.fsync(temporary.fileno())
             Path(temporary.name).chmod(0o644)
             Path(temporary.name).replace(path)
-        except BaseException as error:
+        except BaseException:
             Path(temporary.name).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                error.filename, error.filename2 = str(path), None  # of a full disk it names no file
-            raise
+            raise  # closing the file may raise another, on a full disk for one
     _sync_folder(path.parent)
 
 

@@ -26,6 +26,8 @@ from asynctrain._aio import Failure, Flow, Meter
 from asynctrain.data.pipeline import Pipeline, arriving, hand_on
 from asynctrain.errors import ClosedError, ExecutorError
 
+NO_ROOT = "math domain error|expected a nonnegative input"  # before Python 3.14, and since
+
 
 async def collect(pipeline: Pipeline[Any]) -> list[Any]:
     async with pipeline.open() as stream:
@@ -334,11 +336,11 @@ async def test_batches_read_ahead_only_as_far_as_prefetch_says() -> None:
 async def test_an_error_of_a_function_comes_in_the_place_of_its_item_and_names_the_stage(executor: Any) -> None:
     delivered: list[float] = []
     async with Pipeline([0, 1, -1, 3]).map(math.sqrt, concurrency=2, executor=executor, name="root").open() as stream:
-        with pytest.raises(ValueError, match="math domain error") as caught:
+        with pytest.raises(ValueError, match=NO_ROOT) as caught:
             await deliver(stream, delivered)
         assert delivered == [0.0, 1.0]
         assert "raised in the stage 'root'" in caught.value.__notes__
-        with pytest.raises(ValueError, match="math domain error"):  # asking again does not get past it
+        with pytest.raises(ValueError, match=NO_ROOT):  # asking again does not get past it
             await anext(stream)
 
 
@@ -346,7 +348,7 @@ async def test_an_error_passes_batches_and_filters_and_what_came_before_a_full_b
     delivered: list[list[float]] = []
     pipeline = Pipeline([4, 1, 9, -1, 16]).map(math.sqrt).filter(bool).batch(2)
     async with pipeline.open() as stream:
-        with pytest.raises(ValueError, match="math domain error"):
+        with pytest.raises(ValueError, match=NO_ROOT):
             await deliver(stream, delivered)
     assert delivered == [[2.0, 1.0]]
 
