@@ -18,7 +18,7 @@ from asynctrain.data.pipeline import Pipeline, arriving, hand_on
 from asynctrain.data.statistics import StageStatistics, Statistics, snapshot
 from asynctrain.types import Record
 
-LATE = 0.004  # seconds that a slow stage takes for an item
+LATE = 0.02  # seconds that a slow stage takes for an item
 
 
 def stage_of(name: str, **values: Any) -> StageStatistics:
