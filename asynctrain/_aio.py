@@ -353,17 +353,32 @@ def step_back() -> None:
 
 
 class Threads(ThreadPoolExecutor):
-    """So many threads, which step back."""
+    """So many threads, which step back.
+
+    Attributes:
+        workers: how many.
+        under_way: what was handed to them and is not over.
+    """
 
     def __init__(self, workers: int, name: str) -> None:
         super().__init__(workers, thread_name_prefix=f"asynctrain-{name}", initializer=step_back)
         self.workers = workers
+        self.under_way: set[Future[Any]] = set()
+
+    def submit(self, function: Callable[..., R], /, *args: Any, **options: Any) -> Future[R]:
+        future = super().submit(function, *args, **options)
+        self.under_way.add(future)
+        future.add_done_callback(self.under_way.discard)
+        return future
+
+
+Submit = Callable[[Callable[[], Any]], Future[Any]]
 
 
 class _Guest(Executor):
     """Submits to threads that others submit to as well, and can wait for its own work."""
 
-    def __init__(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
+    def __init__(self, submit: Submit) -> None:
         self._submit = submit
         self._futures: set[Future[Any]] = set()
 
@@ -385,7 +400,7 @@ class _Guest(Executor):
 
 
 @asynccontextmanager
-async def guest_of(submit: Callable[[Callable[[], Any]], Future[Any]]) -> AsyncIterator[Executor]:
+async def guest_of(submit: Submit) -> AsyncIterator[Executor]:
     """Share threads with whoever else they work for, by their ``submit``; at the end of the block it has left them.
 
     Its ``submit`` raises ``ClosedError`` once the threads take no more.

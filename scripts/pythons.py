@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3.13t", "python3.14t")
-WITHOUT_WHEELS = ("grpc", "simplejpeg")  # for free-threaded builds
+# For free-threaded builds: tools without wheels, dependencies of which only such a release has one, and tests left out.
+WITHOUT_WHEELS = ("grpc", "simplejpeg")
 FIRST_WHEELS = ["safetensors>=0.9.0rc1"]
 NEED_GRPC = ["clients", "rpc", "serve", "soak", "test_benchmarks.py", "executors/test_conformance.py"]
 PLACES = (".pyenv/versions/*/bin", ".local/share/uv/python/*/bin")

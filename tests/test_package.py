@@ -38,8 +38,8 @@ def import_milliseconds() -> float:
     """Return what ``import asynctrain`` costs a process that has imported numpy, on a machine of usual speed.
 
     Machines differ by more than a factor of two, some from one second to the next. So the clock ticks with the machine:
-    one that compiles a thousand small functions in 33 ms is usual. It is the thread's own, so that other processes do
-    not count, nor the thread of OpenBLAS, which spins for a while after numpy's import.
+    one that compiles a thousand small functions in 33 ms is taken for usual. It is the thread's own, so that other
+    processes do not count, nor the thread of OpenBLAS, which spins for a while after numpy's import.
     """
     return 33 * float(python(TIMED_IMPORT))
 

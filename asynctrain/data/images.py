@@ -284,7 +284,7 @@ def _identified(encoded: bytes) -> Image.Image:
 
 @cache
 def _import_formats() -> None:
-    """Import the six formats by name, in the thread that decodes first, as this takes 15 ms.
+    """Import the six formats by name, in the thread that decodes first.
 
     When Pillow does not know one yet it imports all the plugins it has, over forty.
     """

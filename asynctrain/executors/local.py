@@ -329,10 +329,16 @@ class ThreadExecutor(_LocalExecutor):
     async def aclose(self, grace: float = GRACE) -> None:
         """Stop all work and end the threads; may be called again.
 
-        Raises ``ExecutorError`` where a kernel does not end within ``grace`` seconds; a thread cannot be killed.
+        What others have handed to the threads, such as a chunk of images, is done to its end. Raises ``ExecutorError``
+        where that, or a kernel, does not end within ``grace`` seconds; a thread cannot be killed.
         """
-        self._threads.shutdown(wait=False)  # what was handed to them by others is done to the end
+        deadline = asyncio.get_running_loop().time() + grace
+        self._threads.shutdown(wait=False)
         await super().aclose(grace)
+        if left := [_end_of(future) for future in list(self._threads.under_way)]:
+            _, late = await asyncio.wait(left, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+            if late:
+                raise ExecutorError(self._address, f"{len(late)} jobs of others did not end within {grace} s")
         await in_thread(self._threads.shutdown)  # idle by now, they end at once
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from asynctrain import nn
 from asynctrain.arena import Array
+from asynctrain.errors import ExecutorError
 from asynctrain.executors import ThreadExecutor
 from asynctrain.types import GradientWork, Params, Program
 
@@ -135,6 +136,17 @@ async def test_leaving_a_session_waits_for_the_kernel_under_way() -> None:
     assert events == ["let go", "session left"]
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_closing_lets_what_others_do_on_the_threads_end_and_has_a_deadline() -> None:
+    may_end = threading.Event()
+    executor = ThreadExecutor(1)
+    jobs = [executor.shared_threads.submit(lambda: may_end.wait(PATIENCE)) for _ in range(2)]
+    with pytest.raises(ExecutorError, match=r"2 jobs of others did not end within 0\.05 s"):
+        await executor.aclose(0.05)
+    may_end.set()
+    await executor.aclose()
+    assert [job.result() for job in jobs] == [True, True]
 
 
 @pytest.mark.parametrize(
