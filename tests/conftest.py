@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 settings.register_profile("local", deadline=None)
@@ -91,8 +92,14 @@ def name_of(loop: tuple[str, dict[str, bool]]) -> str:
     return "uvloop" if loop[1].get("use_uvloop") else "asyncio"
 
 
+@given(st.none())
+def one_example(_: None) -> None:
+    """Let Hypothesis make the generator it keeps for the thread."""
+
+
 def pytest_collection_finish() -> None:
     """Take modules and tests, which stay, out of the garbage collector's sight: which would look at them each time."""
+    one_example()  # Hypothesis warns of a generator that the collector sees no owner of
     gc.collect()
     gc.freeze()
 
