@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, TypeVarTuple
 
 from asynctrain.errors import ClosedError
 
@@ -54,6 +54,16 @@ class Failure:
 
 Flow = asyncio.Queue[asyncio.Future[T | Failure] | None]
 """A bounded queue of items that are being made, in their order; None marks the end."""
+
+
+class Worked(NamedTuple, Generic[T]):
+    """What a stage's function may return instead of a plain result: that took ``seconds`` of work, the rest was a wait.
+
+    It is for functions that wait for a place among others: for a thread that others use as well, or for a lock.
+    """
+
+    result: T
+    seconds: float
 
 
 class Meter:
@@ -144,7 +154,7 @@ async def _iterated(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, 
 
 
 async def stage(
-    function: Callable[[T], Awaitable[R]],
+    function: Callable[[T], Awaitable[R | Worked[R]]],
     inbox: Flow[T],
     outbox: Flow[R],
     tasks: asyncio.TaskGroup,
@@ -167,7 +177,8 @@ async def stage(
         name = f"{meter.name}-{number}"
         number += 1
         if ordered:
-            await meter.put(outbox, tasks.create_task(_attempt_after(before, function, limit, meter), name=name))
+            attempt = _attempt_after(before, function, limit, meter)
+            await meter.put(outbox, tasks.create_task(attempt, name=name))
             continue
         if len(unfinished) > meter.concurrency:
             await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
@@ -181,16 +192,20 @@ async def stage(
 
 async def _attempt_and_put(
     before: asyncio.Future[T | Failure],
-    function: Callable[[T], Awaitable[R]],
+    function: Callable[[T], Awaitable[R | Worked[R]]],
     limit: asyncio.Semaphore,
     meter: Meter,
     outbox: Flow[R],
 ) -> None:
-    await meter.put(outbox, finished(await _attempt_after(before, function, limit, meter)))
+    attempt = _attempt_after(before, function, limit, meter)
+    await meter.put(outbox, finished(await attempt))
 
 
 async def _attempt_after(
-    before: asyncio.Future[T | Failure], function: Callable[[T], Awaitable[R]], limit: asyncio.Semaphore, meter: Meter
+    before: asyncio.Future[T | Failure],
+    function: Callable[[T], Awaitable[R | Worked[R]]],
+    limit: asyncio.Semaphore,
+    meter: Meter,
 ) -> R | Failure:
     item = await before
     if isinstance(item, Failure):
@@ -200,9 +215,13 @@ async def _attempt_after(
         try:
             result = await function(item)
         except (Exception, asyncio.CancelledError) as error:
-            return noted(error, meter)
-        finally:
             meter.busy += perf_counter() - start
+            return noted(error, meter)
+    if isinstance(result, Worked):
+        result, seconds = result
+    else:
+        seconds = perf_counter() - start
+    meter.busy += seconds
     meter.count(result)
     return result
 
@@ -349,7 +368,9 @@ def step_back() -> None:
     weight, and still gets on beside other programs. Only Linux has priorities of single threads.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid()) + 10)
+        thread, nice = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid()) + 10
+        if nice > os.getpriority(os.PRIO_PROCESS, thread):  # up again it may not go, in a thread born with less
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 class Threads(ThreadPoolExecutor):
@@ -360,16 +381,29 @@ class Threads(ThreadPoolExecutor):
         under_way: what was handed to them and is not over.
     """
 
-    def __init__(self, workers: int, name: str) -> None:
+    def __init__(self, workers: int, name: str, owner: str = "a pool of threads") -> None:
         super().__init__(workers, thread_name_prefix=f"asynctrain-{name}", initializer=step_back)
         self.workers = workers
         self.under_way: set[Future[Any]] = set()
+        self._owner = owner
+        self._closed = False
 
     def submit(self, function: Callable[..., R], /, *args: Any, **options: Any) -> Future[R]:
-        future = super().submit(function, *args, **options)
+        """Have the function called; raises ``ClosedError``, which names the owner, after ``shutdown``."""
+        try:
+            future = super().submit(function, *args, **options)
+        except RuntimeError as error:  # or no further thread can be started
+            if not self._closed:
+                raise
+            raise ClosedError(f"{self._owner} is closed") from error
         self.under_way.add(future)
         future.add_done_callback(self.under_way.discard)
         return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work; as of every pool of ``concurrent.futures``."""
+        self._closed = True
+        super().shutdown(wait, cancel_futures=cancel_futures)
 
 
 Submit = Callable[[Callable[[], Any]], Future[Any]]
@@ -383,27 +417,19 @@ class _Guest(Executor):
         self._futures: set[Future[Any]] = set()
 
     def submit(self, function: Callable[..., R], /, *args: Any, **options: Any) -> Future[R]:
-        try:
-            future: Future[R] = self._submit(partial(function, *args, **options))
-        except RuntimeError as error:
-            raise ClosedError("the executor whose threads are shared is closed") from error
+        future: Future[R] = self._submit(partial(function, *args, **options))
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
         return future
 
     def leave(self) -> None:
         """Drop what has not begun, and wait for the rest. Blocks."""
-        left = list(self._futures)
-        for future in left:
-            future.cancel()
-        wait(left)
+        wait([future for future in list(self._futures) if not future.cancel()])
 
 
 @asynccontextmanager
 async def guest_of(submit: Submit) -> AsyncIterator[Executor]:
     """Share threads with whoever else they work for, by their ``submit``; at the end of the block it has left them.
-
-    Its ``submit`` raises ``ClosedError`` once the threads take no more.
 
     Two kinds of work on threads of their own would have more threads busy than there are CPUs. One that holds the
     interpreter, or was just handed it, may then wait for a CPU, and the loop waits for that thread.

@@ -139,7 +139,7 @@ async def check_executor(make: Callable[[], Executor]) -> None:
 
     Gradients have the bits of the inline executor, retries of the same work too; two sessions do not see each other; a
     version that was not broadcast last is refused; a cancelled computation leaves the session usable; what is closed
-    says so, and may be closed again.
+    says so, to those that wait for a computation as well, and may be closed again.
 
     Args:
         make: returns an executor; it is called twice.
@@ -176,8 +176,14 @@ async def check_executor(make: Callable[[], Executor]) -> None:
     await _require_error(ClosedError, bits(session), "a session that was left computes")
     await executor.aclose()
     await executor.aclose()
-    async with make() as closed:
-        pass
+    async with make() as closed, closed.open(program) as session:
+        await session.broadcast(first, {}, 0)
+        under_way = [asyncio.create_task(bits(session)) for _ in range(2 * session.slots + 1)]
+        await asyncio.sleep(0)
+        await closed.aclose()
+        ends = await asyncio.gather(*under_way, return_exceptions=True)
+        ended = all(end == expected or isinstance(end, ClosedError) for end in ends)
+        _require(ended, f"a computation that the executor was closed amid ends neither in its bits nor closed: {ends}")
     await _require_error(ClosedError, _opened(closed, program), "an executor that was closed opens a session")
 
 

@@ -119,7 +119,7 @@ class SharedThreads(Protocol):
         ...
 
     def submit(self, function: Callable[[], R], /) -> Future[R]:
-        """Have ``function`` called; raises ``RuntimeError`` where the threads have ended."""
+        """Have ``function`` called; raises ``ClosedError`` where their owner is closed."""
         ...
 
 

@@ -22,6 +22,7 @@ from asynctrain._aio import (
     process_pool,
     source,
     stage,
+    step_back,
     thread_pool,
     unwrapped,
 )
@@ -455,10 +456,34 @@ async def test_a_guest_leaves_threads_that_go_on_with_nothing_of_its_own_on_them
         assert log == ["under way", "the host's own"]
 
 
+async def test_a_guest_that_leaves_does_not_wait_for_its_host() -> None:
+    may_end = threading.Event()
+    async with thread_pool(1, "test") as pool:
+        hosts = pool.submit(may_end.wait, 20)
+        async with guest_of(pool.submit) as guest:
+            dropped = guest.submit(print)
+        assert dropped.cancelled()
+        assert not hosts.done()
+        may_end.set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of single threads")
+async def test_a_thread_that_was_born_with_less_priority_is_not_put_up() -> None:
+    def step_back_from(nice: int) -> int:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+        step_back()
+        return os.getpriority(os.PRIO_PROCESS, thread)
+
+    nice = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    assert await in_thread(step_back_from, nice) == min(nice + 10, 19)
+    assert await in_thread(step_back_from, 19) == 19
+
+
 async def test_a_guest_is_told_when_its_host_has_closed() -> None:
     async with thread_pool(1, "test") as pool, guest_of(pool.submit) as guest:
         pool.shutdown()
-        with pytest.raises(ClosedError, match=r"^the executor whose threads are shared is closed$"):
+        with pytest.raises(ClosedError, match=r"^a pool of threads is closed$"):
             guest.submit(print)
 
 

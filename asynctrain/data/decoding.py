@@ -96,19 +96,21 @@ class InProcesses:
                 self._processes, decode_into_slot, slot.name, self._work.settings, contents, names
             )
             bad, seconds = await decoding
-            await loop.run_in_executor(self._threads, self._finish, work, slot, bad)
+            seconds += await loop.run_in_executor(self._threads, self._finish, work, slot, bad)
         except BrokenExecutor as error:
             raise ExecutorError("decoding processes", "a worker process died") from error
         finally:
             self._free.put_nowait(slot)
         return seconds
 
-    def _finish(self, work: ReadChunk, slot: SharedMemory, bad: dict[int, DataError]) -> None:
+    def _finish(self, work: ReadChunk, slot: SharedMemory, bad: dict[int, DataError]) -> float:
+        start = perf_counter()
         for row, error in sorted(bad.items()):
             self._work.leave_out(work, row, error)
         rows = self._work.rows(work.chunk)
         rows[work.missing] = slot_rows(slot, len(rows), self._work.settings)[work.missing]
         self._work.finish(work)
+        return perf_counter() - start
 
 
 def decode_into_slot(

@@ -12,11 +12,12 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from asynctrain._aio import Failure, Flow, Meter, guest_of, in_thread, thread_pool
+from asynctrain._aio import Failure, Flow, Meter, Worked, guest_of, in_thread, thread_pool
 from asynctrain.arena import Array
 from asynctrain.data.augment import Augmentation, Mixing
 from asynctrain.data.batching import (
@@ -505,9 +506,10 @@ class _Moving:
         self._read = partial(wrap(work.read), executor=reader)
         self._tiny = False  # whether the chunk before was of tiny images
 
-    async def read(self, chunk: Chunk) -> ReadChunk:
+    async def read(self, chunk: Chunk) -> Worked[ReadChunk]:
         chunk.slab.allocate(self._work.settings.shape)
         async with self._decoding.interpreter if self._tiny else nullcontext():
+            start = perf_counter()
             work: ReadChunk = await self._read(chunk)
         self._tiny = work.tiny
         fetched = [row for row in np.flatnonzero(work.missing).tolist() if work.contents[row] is None]
@@ -520,7 +522,7 @@ class _Moving:
                     self._work.leave_out(work, row, error)
                 elif error is not None:
                     raise error
-        return work
+        return Worked(work, perf_counter() - start)
 
     async def _fetch(self, work: ReadChunk, row: int) -> Exception | None:
         source = work.records[row].source
@@ -532,10 +534,10 @@ class _Moving:
             return error
         return None
 
-    async def decode(self, work: ReadChunk) -> Chunk:
+    async def decode(self, work: ReadChunk) -> Worked[Chunk]:
         seconds = await self._decoding.decode(work)
         self._size.observe(len(work.records), work.seconds + seconds)
-        return work.chunk
+        return Worked(work.chunk, seconds)
 
 
 class Batches(AsyncIterator[Batch]):

@@ -27,6 +27,7 @@ from asynctrain._aio import (
     Flow,
     Meter,
     ServingGroup,
+    Worked,
     finished,
     noted,
     process_pool,
@@ -272,10 +273,11 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-def _called(function: Callable[[Any], Any], item: Any) -> Any:
+def _called(function: Callable[[Any], Any], item: Any) -> Worked[Any]:
     """Return ``function(item)``; no future can hold a ``StopIteration``, whoever waited for it would wait for ever."""
+    start = perf_counter()
     try:
-        return function(item)
+        return Worked(function(item), perf_counter() - start)
     except StopIteration as error:
         raise RuntimeError("a stage's function raised StopIteration") from error
 

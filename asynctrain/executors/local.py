@@ -10,13 +10,14 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Literal, Self, TypeVar, overload
 
 from asynctrain._aio import Threads, in_thread
-from asynctrain.errors import ClosedError, ExecutorError, StaleParametersError
+from asynctrain.errors import ClosedError, StaleParametersError
 from asynctrain.executors.base import Session, Tell, nobody
 from asynctrain.executors.blas import find_blas, one_blas_thread
 from asynctrain.executors.fingerprint import numeric_fingerprint
+from asynctrain.executors.in_flight import InFlight, wait_for_end
 from asynctrain.executors.worker import GradientWorker, Job, StopFlag
 from asynctrain.types import ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program, SharedThreads
 
@@ -66,9 +67,13 @@ class _LocalSession(ABC):
             return await self._forward(work)
         return await self._gradients(work)
 
-    async def aclose(self, grace: float) -> None:
-        """Stop what is in flight and wait for it, at most ``grace`` seconds."""
+    def stop(self) -> None:
+        """Refuse further work, and stop what is under way."""
         self._closed = True
+
+    async def aclose(self, grace: float) -> None:
+        """Stop what is under way and wait for it, at most ``grace`` seconds."""
+        self.stop()
 
     def forget(self) -> None:
         """Let go of the memory of a closed session, to which others may still refer."""
@@ -130,8 +135,8 @@ class _LocalExecutor(ABC):
     async def aclose(self, grace: float = GRACE) -> None:
         """Refuse further sessions and stop the work of those that are open, within ``grace`` seconds."""
         self._closed = True
-        for session in list(self._sessions):
-            await session.aclose(grace)
+        for session in self._sessions:
+            session.stop()
 
     async def __aenter__(self) -> Self:
         return self
@@ -162,57 +167,6 @@ class InlineExecutor(_LocalExecutor):
 
     def _session(self, ready: _Ready) -> _InlineSession:
         return _InlineSession(self._address, ready)
-
-
-class _KernelFuture(asyncio.Future[T]):
-    """The result of work in a thread. Cancelling it sets the work's stop flag in that very call.
-
-    A task that is cancelled passes the call on, synchronously, to what it awaits; so between ``task.cancel()`` and the
-    flag no turn of the loop goes by, in which the threads would begin further kernels.
-    """
-
-    def __init__(self, stop: StopFlag) -> None:
-        super().__init__()
-        self._stop = stop
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        self._stop.set()
-        return super().cancel(msg)
-
-
-class InFlight:
-    """The work of one session that is under way in a pool of threads or processes."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._stops: dict[Future[Any], StopFlag] = {}
-
-    def add(self, future: Future[Any], stop: StopFlag) -> None:
-        """Enter work that was handed to the pool; it is struck out when it is over."""
-        self._stops[future] = stop
-        future.add_done_callback(lambda done: self._stops.pop(done, None))
-
-    def result(self, future: Future[T], stop: StopFlag) -> asyncio.Future[T]:
-        """Return ``future`` as one of this loop's; cancelling that sets ``stop``."""
-        loop = asyncio.get_running_loop()
-        awaitable: asyncio.Future[T] = _KernelFuture(stop)
-        future.add_done_callback(lambda done: loop.call_soon_threadsafe(_hand_over, done, awaitable))
-        return awaitable
-
-    async def stop(self, grace: float) -> None:
-        """Stop what is under way and wait for it, at most ``grace`` seconds.
-
-        Raises:
-            ExecutorError: some of it goes on.
-        """
-        for future, stop in list(self._stops.items()):
-            stop.set()
-            future.cancel()
-        running = [_end_of(future) for future in list(self._stops)]
-        if running:
-            _, late = await asyncio.wait(running, timeout=grace)
-            if late:
-                raise ExecutorError(self._address, f"{len(late)} kernels did not end within {grace} s of being stopped")
 
 
 class _ThreadSession(_LocalSession):
@@ -257,40 +211,17 @@ class _ThreadSession(_LocalSession):
         return self._split == "layers" or (self._split == "auto" and work.of < self.slots)
 
     def _submit(self, stop: StopFlag, function: Callable[[], T]) -> Future[T]:
-        try:
-            future = self._threads.submit(function)
-        except RuntimeError as error:  # the pool was shut down
-            raise ClosedError(f"the executor {self._address} is closed") from error
+        future = self._threads.submit(function)
         self._in_flight.add(future, stop)
         return future
 
+    def stop(self) -> None:
+        super().stop()
+        self._in_flight.stop()
+
     async def aclose(self, grace: float) -> None:
         await super().aclose(grace)
-        await self._in_flight.stop(grace)
-
-
-def _end_of(future: Future[Any]) -> asyncio.Future[None]:
-    """Return a future of this loop that is done when ``future`` is, whatever became of it."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    future.add_done_callback(lambda _: loop.call_soon_threadsafe(_mark, ended))
-    return ended
-
-
-def _mark(ended: asyncio.Future[None]) -> None:
-    if not ended.done():
-        ended.set_result(None)
-
-
-def _hand_over(done: Future[T], awaitable: asyncio.Future[T]) -> None:
-    if awaitable.done():  # cancelled meanwhile
-        return
-    if done.cancelled():
-        awaitable.cancel()
-    elif (error := done.exception()) is not None:
-        awaitable.set_exception(error)
-    else:
-        awaitable.set_result(done.result())
+        await wait_for_end(self._address, lambda: self._in_flight.futures, grace)
 
 
 class ThreadExecutor(_LocalExecutor):
@@ -315,8 +246,9 @@ class ThreadExecutor(_LocalExecutor):
         if split not in ("auto", "microbatches", "layers"):
             raise ValueError(f"split must be 'auto', 'microbatches' or 'layers', got {split!r}")
         self._split: Split = split
-        self._threads = Threads(workers or usable_cpus(), "kernel")
-        super().__init__(f"threads:{self._threads.workers}")
+        workers = workers or usable_cpus()
+        super().__init__(f"threads:{workers}")
+        self._threads = Threads(workers, "kernel", owner=f"the executor {self._address}")
 
     def _session(self, ready: _Ready) -> _ThreadSession:
         return _ThreadSession(self._address, ready, self._threads, self._split)
@@ -332,13 +264,9 @@ class ThreadExecutor(_LocalExecutor):
         What others have handed to the threads, such as a chunk of images, is done to its end. Raises ``ExecutorError``
         where that, or a kernel, does not end within ``grace`` seconds; a thread cannot be killed.
         """
-        deadline = asyncio.get_running_loop().time() + grace
         self._threads.shutdown(wait=False)
         await super().aclose(grace)
-        if left := [_end_of(future) for future in list(self._threads.under_way)]:
-            _, late = await asyncio.wait(left, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
-            if late:
-                raise ExecutorError(self._address, f"{len(late)} jobs of others did not end within {grace} s")
+        await wait_for_end(self._address, lambda: self._threads.under_way, grace)
         await in_thread(self._threads.shutdown)  # idle by now, they end at once
 
 

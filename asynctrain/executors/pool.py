@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import Executor as Pool
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any, Self, TypeVar, overload
 
 import numpy as np
@@ -18,7 +19,8 @@ from asynctrain.errors import ClosedError, StaleParametersError, WorkerLostError
 from asynctrain.executors import pool_worker, remote
 from asynctrain.executors.base import Session, Tell, nobody
 from asynctrain.executors.blas import find_blas, one_blas_thread
-from asynctrain.executors.local import GRACE, InFlight
+from asynctrain.executors.in_flight import InFlight, wait_for_end
+from asynctrain.executors.local import GRACE
 from asynctrain.executors.pool_worker import Failed, Foreign, Kept, Lacking, Reply, Sent, Summed
 from asynctrain.executors.worker import GradientWorker, StopFlag
 from asynctrain.nn.model import Model
@@ -106,10 +108,15 @@ class _PoolSession:
                 )
         return reply
 
-    async def aclose(self, grace: float) -> None:
-        """Stop what is in flight and wait for it, at most ``grace`` seconds."""
+    @property
+    def under_way(self) -> list[Future[Any]]:
+        """What the pool has not ended."""
+        return self._in_flight.futures
+
+    def stop(self) -> None:
+        """Refuse further work, and stop what is under way, as far as the pool can."""
         self._closed = True
-        await self._in_flight.stop(grace)
+        self._in_flight.stop()
 
     def forget(self) -> None:
         """Let go of the memory of a closed session."""
@@ -187,7 +194,8 @@ class PoolExecutor:
                 yield session
             finally:
                 self._sessions.discard(session)
-                await session.aclose(GRACE)
+                session.stop()
+                await wait_for_end(self._address, lambda: session.under_way, GRACE)
                 session.forget()
 
     async def _introduction(self, kernels: str) -> dict[str, str]:
@@ -207,8 +215,10 @@ class PoolExecutor:
             ExecutorError: a microbatch goes on in the pool.
         """
         self._closed = True
-        for session in list(self._sessions):
-            await session.aclose(grace)
+        sessions = list(self._sessions)
+        for session in sessions:
+            session.stop()
+        await wait_for_end(self._address, lambda: chain.from_iterable(s.under_way for s in sessions), grace)
 
     async def __aenter__(self) -> Self:
         return self

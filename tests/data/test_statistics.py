@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,21 @@ async def test_the_stage_that_the_others_wait_for_is_named(build: Any) -> None:
     (stage,) = (stage for stage in statistics.stages if stage.name == slow)
     assert stage.utilization > 0.5
     assert all(other.utilization < 0.5 for other in others)
+
+
+async def test_the_wait_for_a_thread_that_others_use_is_no_work() -> None:
+    data = ArrayDataset(np.zeros((8, 2, 2, 1), np.uint8), np.zeros(8, np.int64), ["a"])
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(threading.Event().wait, 0.3)
+        shared = SimpleNamespace(workers=1, submit=threads.submit)
+        async with Loader(data, batch_size=8, image_size=(2, 2), channels=1).open(threads=shared) as batches:
+            await anext(batches)
+            loaded = batches.statistics()
+        threads.submit(threading.Event().wait, 0.3)
+        mapped = await read_all(Pipeline(range(8)).map(abs, executor=threads))
+    for statistics in loaded, mapped:
+        assert statistics.seconds > 0.2
+        assert all(stage.utilization < 0.5 for stage in statistics.stages)
 
 
 async def test_stages_before_the_slow_one_are_blocked_and_those_behind_it_starve() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 
 from asynctrain import nn
+from asynctrain._aio import in_thread
 from asynctrain.arena import Array
-from asynctrain.errors import ExecutorError
+from asynctrain.errors import ClosedError, ExecutorError
 from asynctrain.executors import ThreadExecutor
-from asynctrain.types import GradientWork, Params, Program
+from asynctrain.types import ForwardWork, GradientWork, Params, Program
 
 PATIENCE = 20  # seconds that a gate waits before it fails the test
 
@@ -50,11 +52,11 @@ class Gate(nn.ReLU):
 class Blocking(nn.ReLU):
     """A layer whose kernel takes until it is let go."""
 
-    entered: ClassVar[threading.Event]
+    entered: ClassVar[threading.Semaphore]  # released by each
     leave: ClassVar[threading.Event]
 
     def forward(self, params: Params, x: Array, scope: nn.Scope) -> tuple[Array, Any]:
-        self.entered.set()
+        self.entered.release()
         assert self.leave.wait(PATIENCE)
         return super().forward(params, x, scope)
 
@@ -74,7 +76,7 @@ class Counting(nn.ReLU):
 @pytest.fixture(autouse=True)
 def gates() -> Iterator[None]:
     GatedDense.weight_gradient_runs, GatedDense.chain_is_further = threading.Event(), threading.Event()
-    Blocking.entered, Blocking.leave = threading.Event(), threading.Event()
+    Blocking.entered, Blocking.leave = threading.Semaphore(0), threading.Event()
     Counting.count = 0
     yield
     Blocking.leave.set()
@@ -86,6 +88,11 @@ LABELS = np.array([0, 1, 2, 0])
 
 def model(*layers: nn.Layer) -> nn.Model:
     return nn.Model([nn.Flatten(), nn.Dense(5), *layers, nn.Dense(3)], input_shape=(2, 2, 1))
+
+
+async def has_entered() -> None:
+    """Wait until one more thread is in a blocking layer."""
+    assert await in_thread(Blocking.entered.acquire, True, PATIENCE)
 
 
 async def test_with_split_layers_a_weight_gradient_runs_while_the_chain_goes_on_in_earlier_layers() -> None:
@@ -108,7 +115,7 @@ async def test_cancelling_stops_before_the_next_layer_and_leaves_the_session_usa
     async with ThreadExecutor(1) as executor, executor.open(Program(stopping.to_json())) as session:
         await session.broadcast(stopping.init(0), {}, 0)
         task = asyncio.create_task(session.compute(GradientWork(0, 0, 1, IMAGES, LABELS), 0))
-        await asyncio.get_running_loop().run_in_executor(None, Blocking.entered.wait, PATIENCE)
+        await has_entered()
         task.cancel()
         Blocking.leave.set()
         with pytest.raises(asyncio.CancelledError):
@@ -129,7 +136,7 @@ async def test_leaving_a_session_waits_for_the_kernel_under_way() -> None:
         async with executor.open(Program(slow.to_json())) as session:
             await session.broadcast(slow.init(0), {}, 0)
             task = asyncio.create_task(session.compute(GradientWork(0, 0, 1, IMAGES, LABELS), 0))
-            await asyncio.get_running_loop().run_in_executor(None, Blocking.entered.wait, PATIENCE)
+            await has_entered()
             task.cancel()
             asyncio.get_running_loop().call_later(0.05, let_go)
         events.append("session left")
@@ -142,11 +149,76 @@ async def test_closing_lets_what_others_do_on_the_threads_end_and_has_a_deadline
     may_end = threading.Event()
     executor = ThreadExecutor(1)
     jobs = [executor.shared_threads.submit(lambda: may_end.wait(PATIENCE)) for _ in range(2)]
-    with pytest.raises(ExecutorError, match=r"2 jobs of others did not end within 0\.05 s"):
+    with pytest.raises(ExecutorError, match=r"2 of its jobs did not end within 0\.05 s of being asked to"):
         await executor.aclose(0.05)
     may_end.set()
     await executor.aclose()
     assert [job.result() for job in jobs] == [True, True]
+
+
+async def test_closing_tells_those_that_wait_for_a_computation_that_has_begun_or_has_not() -> None:
+    stopping = model(Blocking(), Counting())
+    executor = ThreadExecutor(1)
+    async with executor.open(Program(stopping.to_json())) as session:
+        await session.broadcast(stopping.init(0), {}, 0)
+        waiting = [asyncio.create_task(session.compute(GradientWork(0, 0, 1, IMAGES, LABELS), 0)) for _ in range(2)]
+        await has_entered()
+        with pytest.raises(ExecutorError, match=r"1 of its jobs did not end within 0 s of being asked to"):
+            await executor.aclose(0)
+        Blocking.leave.set()
+        await executor.aclose()
+        told = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [repr(error) for error in told] == ["ClosedError('the session on threads:1 is closed')"] * 2
+    assert Counting.count == 0
+
+
+async def test_closing_stops_all_sessions_at_once_by_one_deadline() -> None:
+    stopping = model(Blocking(), Counting())
+    executor = ThreadExecutor(2)
+    async with AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(executor.open(Program(stopping.to_json()))) for _ in range(2)]
+        for session in sessions:
+            await session.broadcast(stopping.init(0), {}, 0)
+        waiting = [asyncio.create_task(session.compute(ForwardWork(IMAGES, LABELS), 0)) for session in sessions]
+        await has_entered()
+        await has_entered()
+        with pytest.raises(ExecutorError, match=r"2 of its jobs did not end within 0\.05 s of being asked to"):
+            await executor.aclose(0.05)
+        Blocking.leave.set()
+        await executor.aclose()
+        told = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(error) for error in told] == [ClosedError, ClosedError]
+    assert Counting.count == 0
+
+
+def test_work_that_ends_after_its_loop_tells_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    may_end = threading.Event()
+    executor = ThreadExecutor(1)
+
+    async def give_up() -> None:
+        executor.shared_threads.submit(lambda: may_end.wait(PATIENCE))
+        with pytest.raises(ExecutorError):
+            await executor.aclose(0.01)
+
+    asyncio.run(give_up())
+    may_end.set()
+    asyncio.run(executor.aclose())
+    assert caplog.records == []
+
+
+async def test_that_no_thread_can_be_started_is_not_taken_for_a_closed_executor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with ThreadExecutor(1) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match=r"^can't start new thread$"):
+                executor.shared_threads.submit(int)
+    with pytest.raises(ClosedError, match=r"^the executor threads:1 is closed$"):
+        executor.shared_threads.submit(int)
 
 
 @pytest.mark.parametrize(
