@@ -360,6 +360,19 @@ async def in_thread(function: Callable[[*Ts], R], *args: *Ts, stop: Callable[[],
     return done.result()()
 
 
+async def ended(future: asyncio.Future[R]) -> R:
+    """Return the result of work that cannot be stopped; cancelled, it waits for that too, then it is cancelled."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return future.result()
+
+
 def step_back() -> None:
     """Give the calling thread a lower priority than the loop's; the first thing that a thread of ours does.
 

@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from asynctrain._aio import ended
 from asynctrain.errors import CheckpointError
 from asynctrain.train.events import Event, Missed, from_json, to_json
 
 E = TypeVar("E", bound=Event)
+
+TURN = 0.001  # seconds after which a listener that catches up lets the loop do something else
 
 
 class EventLog:
@@ -39,6 +42,7 @@ class EventLog:
         self._closed = False
         self._news = asyncio.Event()  # for listeners
         self._work = asyncio.Event()  # for the writer
+        self._turn = asyncio.Lock()  # of who appends
         self.error: Exception | None = None  # why the file could not be written; events are delivered all the same
 
     @property
@@ -59,24 +63,32 @@ class EventLog:
 
     async def write(self, threads: ThreadPoolExecutor) -> None:
         """Append what is published to the file and deliver it, until the log is closed; the body of a task."""
-        loop = asyncio.get_running_loop()
         while not self._closed:
             await self._work.wait()
             self._work.clear()
-            events = list(self._pending)
-            if events and self._file is not None and self.error is None:
-                try:
-                    await loop.run_in_executor(threads, self._file.append, events)
-                except Exception as error:  # the disk's, or of an event that JSON cannot hold
-                    self.error = error
-            for _ in events:
-                self._pending.popleft()
-            self._deliver(events)
+            await self._append(threads)
 
-    async def close(self) -> None:
-        """Wait until all that was published is delivered, then let the listeners end."""
+    async def _append(self, threads: ThreadPoolExecutor) -> None:
+        """Append what is pending, in one go, and deliver it; when cancelled too, as the file has it then."""
+        async with self._turn:
+            events = list(self._pending)
+            try:
+                if events and self._file is not None and self.error is None:
+                    await ended(asyncio.get_running_loop().run_in_executor(threads, self._file.append, events))
+            except Exception as error:  # the disk's, or of an event that JSON cannot hold
+                self.error = error
+            finally:
+                for _ in events:
+                    self._pending.popleft()
+                self._deliver(events)
+
+    async def close(self, threads: ThreadPoolExecutor) -> None:
+        """Append and deliver all that was published, then let the listeners end.
+
+        It does not rely on the task that writes: where a loop ends with a run under way, that was cancelled.
+        """
         while self._pending:
-            await self._news.wait()
+            await self._append(threads)
         self._closed = True
         self._work.set()
         self._wake()
@@ -89,9 +101,9 @@ class EventLog:
         self._wake()
 
     async def follow(self, number: int = 0) -> AsyncIterator[Event]:
-        """Yield the events from ``number`` on until the log is closed."""
+        """Yield the events from ``number`` on until the log is closed; while it catches up the loop gets its turns."""
         while True:
-            news = self._news
+            news, begun = self._news, time.perf_counter()
             while number < self._delivered:
                 oldest = self._delivered - len(self._kept)
                 if number < oldest:
@@ -100,6 +112,9 @@ class EventLog:
                 else:
                     number += 1
                     yield self._kept[number - 1 - oldest]
+                    if time.perf_counter() - begun > TURN:
+                        await asyncio.sleep(0)
+                        begun = time.perf_counter()
             if self._closed and number >= self._delivered:
                 return
             await news.wait()

@@ -208,10 +208,15 @@ class Run:
         return await self._requests.ask_for_checkpoint()
 
     async def stop(self) -> History:
-        """Let the run end, normally, after the step it is in, and return its history."""
+        """Let the run end, normally, after the step it is in, and return its history, as of one that was cancelled.
+
+        Raises the run's error if it failed.
+        """
         self._require_elsewhere()
         self._requests.ask_to_stop()
-        return await self.result()
+        await self._ended.wait()
+        self.raise_error()
+        return self.so_far()
 
     async def cancel(self) -> None:
         """Stop the computing at once, as cancelling the task that awaits ``fit`` does, and wait for the end."""
@@ -549,7 +554,7 @@ class Run:
             self._seconds = time.perf_counter() - self._started
             told = None if self._error is None else str(self._error)
             why = self._state.stopped_by or self._limit or None
-            await self._tell_end(RunEnd(self._reason, self._state.step, self._seconds, told, why))
+            await self._tell_end(RunEnd(self._reason, self._state.step, self._seconds, told, why), threads)
 
     def _result(self) -> TrainState:
         """Return what the run has come to: its last state, or the best one where a controller wants that."""
@@ -559,14 +564,14 @@ class Run:
         kept = state.kept[state.restore]
         return replace(state, params=kept.params, model_state=kept.model_state)
 
-    async def _tell_end(self, end: RunEnd) -> None:
+    async def _tell_end(self, end: RunEnd, threads: ThreadPoolExecutor) -> None:
         try:
             await self._attend_unheard()
             await self._tell(end)
         except Exception as error:  # a callback's
             self._error = self._error or error
         finally:
-            await self._log.close()
+            await self._log.close(threads)
 
     def _end(self) -> None:
         """Let nobody wait any longer, whatever happened."""

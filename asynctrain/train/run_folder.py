@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from asynctrain.errors import CheckpointError
 from asynctrain.train import checkpoint
 from asynctrain.train.checkpoint import Checkpoint
 from asynctrain.train.log import EventFile
+
+log = logging.getLogger("asynctrain")
 
 CONFIG, EVENTS, MODEL = "config.toml", "history.jsonl", "model.safetensors"
 DESCRIBED = ("program", "optimizer", "data")  # the sections of a configuration that decide about the bits, and
@@ -63,15 +66,25 @@ class RunFolder:
         checkpoint.require_same(file, MICROBATCH, of_run.get(MICROBATCH), own.get(MICROBATCH))
 
     def latest(self) -> tuple[Path, Checkpoint] | None:
-        """Return the latest checkpoint; remove what a crash has left half-written.
+        """Return the latest checkpoint that is whole; remove what a crash has left half-written.
+
+        One that was damaged since is passed over with a warning, as if the run had ended before it.
 
         Raises:
-            CheckpointError: there are checkpoints and the latest is none that asynctrain wrote as it stands.
+            CheckpointError: there are checkpoints and none is one that asynctrain wrote as it stands.
         """
         for leftover in (self.path / checkpoint.FOLDER).glob(".*.safetensors.*"):
             leftover.unlink()
-        paths = checkpoint.find(self.path)
-        return (paths[0], checkpoint.load(paths[0])) if paths else None
+        damage: CheckpointError | None = None
+        for path in checkpoint.find(self.path):
+            try:
+                return path, checkpoint.load(path)
+            except CheckpointError as error:
+                log.warning("a checkpoint is passed over: %s", error)
+                damage = damage or error
+        if damage is not None:
+            raise damage
+        return None
 
     def checkpoint_path(self, step: int) -> Path:
         """Return where the checkpoint after ``step`` is, or will be."""

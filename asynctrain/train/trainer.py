@@ -53,6 +53,7 @@ class Options(TypedDict, total=False):
         run_dir: a new folder for configuration, events, checkpoints and model.
         saving: when the state is saved to ``run_dir``; by default after each epoch and every minute.
         resume: a run folder or checkpoint file to go on from; the run stays in its folder unless ``run_dir`` is given.
+            True: go on with the run in ``run_dir``, or begin it where there is none yet.
         bits: ``"same"`` refuses to resume where another machine's bits would come out, ``"close"`` does not.
         state: where to go on, for example ``trainer.state`` after a cancellation; by default the initial state.
         config: what else is to be written into the run's ``config.toml``.
@@ -69,7 +70,7 @@ class Options(TypedDict, total=False):
     controllers: Sequence[Controller]
     run_dir: str | PathLike[str] | None
     saving: Saving
-    resume: str | PathLike[str] | None
+    resume: str | PathLike[str] | bool | None
     bits: Literal["same", "close"]
     state: TrainState | None
     config: Mapping[str, Any]
@@ -225,7 +226,9 @@ class Trainer:
         """Return what is to be done, and from where; make the run's folder, if it is to have a new one."""
         job = self._job(loader, options)
         state, resume = options.get("state") or self.initial_state(), options.get("resume")
-        if resume is None:
+        if resume is True:
+            resume = await in_thread(_run_there, job.folder)
+        if resume is None or resume is False:
             beginning = _Beginning(state, job.folder)
         else:
             beginning = await in_thread(self._found, Path(resume), job, options)
@@ -343,6 +346,13 @@ class Trainer:
 
     def __repr__(self) -> str:
         return f"<Trainer of {self._model!r} on {self._executor!r}>"
+
+
+def _run_there(folder: RunFolder | None) -> Path | None:
+    """Return the folder if a run was begun in it. Blocks."""
+    if folder is None:
+        raise ValueError("run_dir must be given where resume is True")
+    return folder.path if folder.holds_run() else None
 
 
 def _require_known(options: Options) -> None:

@@ -156,6 +156,38 @@ async def test_an_earlier_checkpoint_can_be_gone_on_from_and_what_is_saved_then_
         await run.cancel()
 
 
+async def test_a_run_is_begun_where_there_is_none_and_gone_on_with_where_there_is_one(
+    model: at.Model, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # a crash may leave as little
+    options = asked(blobs, run_dir=tmp_path / "run", resume=True)
+    async with at.ThreadExecutor(2) as executor:
+        async with make(model, executor).start(loader, **options) as run:
+            async for event in run:
+                if isinstance(event, StepEnd) and event.step == STOPPED_AT:
+                    break
+        history = await make(model, executor).fit(loader, **options)
+        assert history == await make(model, executor).fit(loader, **asked(blobs))
+        assert history.state.attempt == 2
+        with pytest.raises(ValueError, match="run_dir must be given where resume is True"):
+            await make(model, executor).fit(loader, **asked(blobs, resume=True))
+
+
+async def test_a_checkpoint_that_was_damaged_is_passed_over_with_a_warning(
+    run_dir: Path, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    latest = checkpoint.find(run_dir)[0]
+    latest.write_bytes(latest.read_bytes()[:-100])
+    async with at.ThreadExecutor(2) as executor:
+        history = await make(model, executor).resume(run_dir, loader, **asked(blobs))
+        assert history.state.digest() == (await make(model, executor).fit(loader, **asked(blobs))).state.digest()
+        for path in checkpoint.find(run_dir):
+            path.write_bytes(b"")
+        with pytest.raises(CheckpointError, match="whole safetensors file"):
+            await make(model, executor).resume(run_dir, loader, **asked(blobs))
+    assert f"a checkpoint is passed over: {latest}: " in caplog.text
+
+
 async def test_a_checkpoint_outside_of_a_run_folder_can_be_gone_on_from_and_nothing_is_written_beside_it(
     run_dir: Path, model: at.Model, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path
 ) -> None:

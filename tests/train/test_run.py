@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvloop
 
 import asynctrain as at
 from asynctrain._aio import ServingGroup, thread_pool
@@ -20,6 +21,7 @@ from asynctrain.errors import ClosedError
 from asynctrain.train import checkpoint, saving
 from asynctrain.train.control import Limits
 from asynctrain.train.events import CheckpointSaved, Evaluation, Event, Missed, Paused, Resumed, RunEnd, StepEnd
+from asynctrain.train.history import History
 from asynctrain.train.log import EventLog
 from asynctrain.train.run_folder import RunFolder
 from asynctrain.train.saving import Saving
@@ -620,6 +622,63 @@ async def test_of_three_listeners_one_that_never_reads_costs_no_memory_and_the_o
     first = await anext(idle)
     assert first == Missed(0, 983)
     assert [event.number for event in [event async for event in idle]] == list(range(984, 1000))
+
+
+async def test_a_listener_that_catches_up_gives_the_loop_its_turns() -> None:
+    log = EventLog()
+    for step in range(200):
+        log.publish(Paused(step))
+    turns = most = held = 0
+
+    async def beat() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    heart = asyncio.create_task(beat())
+    last = turns
+    log.end()
+    async for _ in log.follow():
+        time.sleep(0.0005)  # noqa: ASYNC251 (as long as it takes to write an event down for a client)
+        held = held + 1 if turns == last else 1
+        most, last = max(most, held), turns
+    heart.cancel()
+    assert turns > 50
+    assert most < 10
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_loop_that_ends_with_a_run_under_way_ends_and_the_run_is_saved(
+    tmp_path: Path, model: at.Model, loader: at.Loader, make_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    begun = asyncio.Event()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, StepEnd):
+            begun.set()
+
+    async def train() -> None:
+        async with at.ThreadExecutor(1) as executor:
+            trainer = at.Trainer(model, optimizer=at.optim.sgd(0.1), executor=executor)
+            await trainer.fit(loader, epochs=10**6, run_dir=tmp_path / "run", callbacks=[hear])
+
+    async def leave() -> asyncio.Task[None]:
+        training = asyncio.create_task(train())
+        await begun.wait()
+        return training
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        training = runner.run(leave())
+    assert training.cancelled()
+    assert History.load(tmp_path / "run").reason == "cancelled"
+
+
+async def test_stopping_a_run_that_was_cancelled_gives_its_history(trainer: at.Trainer, loader: at.Loader) -> None:
+    async with trainer.start(loader, epochs=10**6) as run:
+        await reach(run, 1)
+        await run.cancel()
+        assert (await run.stop()).reason == "cancelled"
 
 
 async def test_a_listener_that_never_reads_does_not_slow_the_training(trainer: at.Trainer, loader: at.Loader) -> None:
