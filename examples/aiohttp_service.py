@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,24 +23,30 @@ from aiohttp import web
 import asynctrain as at
 
 RUN = web.AppKey("run", list[at.Run])  # the one of now, if there is one
+STARTING = web.AppKey("starting", asyncio.Lock)
 TASKS = web.AppKey("tasks", asyncio.TaskGroup)
 FOLDER = web.AppKey("folder", Path)
 routes = web.RouteTableDef()
 
 
-async def learn(app: web.Application, data: at.ImageFolder, started: asyncio.Event) -> None:
+async def learn(app: web.Application, data: at.ImageFolder, begun: asyncio.Future[at.Run]) -> None:
     """Train to the end, or go on with the run that was interrupted."""
     train, held_out = data.split(0.8, seed=0)
-    loader = at.Loader(train, batch_size=32, image_size=(32, 32), augment=at.augment.standard(), seed=0)
+    loader = at.Loader(
+        train, batch_size=32, image_size=(32, 32), augment=at.augment.standard(), errors="skip", max_skipped=0.5, seed=0
+    )
     model = at.models.small_cnn(num_classes=len(data.classes), image_shape=(32, 32, 3))
     run_dir = app[FOLDER].with_suffix(".run")
-    async with at.ThreadExecutor() as executor:
-        trainer = at.Trainer(model, optimizer=at.optim.adamw(3e-3), executor=executor)
-        begun = run_dir if run_dir.exists() else None
-        async with trainer.start(loader, epochs=50, validate=held_out, run_dir=run_dir, resume=begun) as run:
-            app[RUN][:] = [run]
-            started.set()
-            await asyncio.wait([run.task])
+    try:
+        async with at.ThreadExecutor() as executor:
+            trainer = at.Trainer(model, optimizer=at.optim.adamw(3e-3), executor=executor)
+            async with trainer.start(loader, epochs=50, validate=held_out, run_dir=run_dir, resume=True) as run:
+                begun.set_result(run)
+                await asyncio.wait([run.task])
+    except Exception as error:  # the application goes on
+        logging.exception("the run has failed")
+        if not begun.done():
+            begun.set_exception(error)
 
 
 def current(request: web.Request) -> at.Run:
@@ -51,12 +59,17 @@ def current(request: web.Request) -> at.Run:
 @routes.post("/run")
 async def start(request: web.Request) -> web.Response:
     """Start the run, or take it up where it was."""
-    if any(not run.task.done() for run in request.app[RUN]):
-        raise web.HTTPConflict(text="the run is under way")
-    data = await asyncio.to_thread(at.ImageFolder, request.app[FOLDER])
-    started = asyncio.Event()
-    request.app[TASKS].create_task(learn(request.app, data, started), name="learn")
-    await started.wait()
+    app = request.app
+    async with app[STARTING]:
+        if any(not run.task.done() for run in app[RUN]):
+            raise web.HTTPConflict(text="the run is under way")
+        begun: asyncio.Future[at.Run] = asyncio.get_running_loop().create_future()
+        try:
+            data = await asyncio.to_thread(at.ImageFolder, app[FOLDER])
+            app[TASKS].create_task(learn(app, data, begun), name="learn")
+            app[RUN][:] = [await begun]
+        except (at.errors.AsyncTrainError, ValueError) as error:
+            raise web.HTTPUnprocessableEntity(text=str(error)) from error
     return web.json_response(current(request).progress.to_json(), status=201)
 
 
@@ -70,15 +83,10 @@ async def progress(request: web.Request) -> web.Response:
 async def steer(request: web.Request) -> web.Response:
     """Do with the run what the address says."""
     run = current(request)
-    match request.match_info["verb"]:
-        case "pause":
-            await run.pause()
-        case "resume":
-            run.resume()
-        case "stop":
-            await run.stop()
-        case _:
-            await run.cancel()
+    with contextlib.suppress(at.errors.AsyncTrainError):  # of a run that has failed
+        done = getattr(run, request.match_info["verb"])()
+        if asyncio.iscoroutine(done):
+            await done
     return web.json_response(run.progress.to_json())
 
 
@@ -103,7 +111,7 @@ async def tasks(app: web.Application) -> AsyncIterator[None]:
 def create_app(folder: Path) -> web.Application:
     """Return the application that learns from ``folder``, which has a folder per class."""
     app = web.Application(client_max_size=32 * 2**20)
-    app[FOLDER], app[RUN] = folder, []
+    app[FOLDER], app[RUN], app[STARTING] = folder, [], asyncio.Lock()
     app.cleanup_ctx.append(tasks)
     app.add_routes(routes)
     return app

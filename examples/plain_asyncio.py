@@ -47,8 +47,9 @@ class Bot:
         async with at.ThreadExecutor() as executor:
             trainer = at.Trainer(model, optimizer=at.optim.adamw(2e-3), executor=executor)
             async with trainer.start(loader, epochs=1) as run:
-                yield cls(run, lessons)
-                await lessons.put(None)
+                bot = cls(run, lessons)
+                yield bot
+                await bot._give(None)
                 await run.result()
 
     async def answer(self, image: bytes) -> at.Prediction:
@@ -56,8 +57,16 @@ class Bot:
         return await self._run.snapshot().predict(image)
 
     async def teach(self, image: bytes, label: str) -> None:
-        """Have it learn what was on an image."""
-        await self._lessons.put((image, label))
+        """Have it learn what was on an image; raises what its run has failed of."""
+        await self._give((image, label))
+
+    async def _give(self, lesson: Lesson | None) -> None:
+        giving = asyncio.create_task(self._lessons.put(lesson))
+        try:
+            await asyncio.wait([giving, self._run.task], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            giving.cancel()
+        self._run.raise_error()
 
     @property
     def steps(self) -> int:
@@ -80,7 +89,12 @@ async def main(folder: Path) -> None:
             for index in order.sample(range(len(data)), len(data)):
                 record = data[index]
                 image = await asyncio.to_thread(record.source.read)
-                said, truth = await bot.answer(image), data.classes[record.label]
+                truth = data.classes[record.label]
+                try:
+                    said = await bot.answer(image)
+                except at.errors.DecodeError as error:
+                    print(f"{record.source}: {error}")
+                    continue
                 right += said.label == truth
                 await bot.teach(image, truth)
             print(f"round {number}: {right / len(data):.0%} right at first sight, {bot.steps} steps learned")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asynctrain.data.remote import RemoteImages
     from asynctrain.data.streams import DatasetStream, InterleaveStreams, RecordStream, from_async_iterable
     from asynctrain.data.tar import CompressedTarShards, TarShards
+    from asynctrain.data.uploads import Uploads
 
 _LATER = {  # imported when they are first asked for: most programs use none or one of them
     "cache": ("Cache", "FileCache", "MemoryCache"),
@@ -36,6 +37,7 @@ _LATER = {  # imported when they are first asked for: most programs use none or 
     "remote": ("RemoteImages",),
     "streams": ("DatasetStream", "InterleaveStreams", "RecordStream", "from_async_iterable"),
     "tar": ("CompressedTarShards", "TarShards"),
+    "uploads": ("Uploads",),
 }
 
 
@@ -77,6 +79,7 @@ __all__ = [
     "StreamLoader",
     "Subset",
     "TarShards",
+    "Uploads",
     "WeightedSampler",
     "arriving",
     "augment",

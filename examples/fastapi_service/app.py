@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 import asynctrain as at
 from examples.fastapi_service.service import NotNow, Order, Service
 
 PAGE = Path(__file__).with_name("page.html")
-LARGEST = 32 * 2**20  # bytes of an image that is to be predicted
 
 
 async def _service(request: Request) -> Service:  # FastAPI would call a plain function in a thread, for each request
@@ -46,14 +46,21 @@ async def page() -> FileResponse:
 async def upload(service: Ours, files: list[UploadFile], label: str = "") -> dict[str, int]:
     """Keep images of the class ``label``, or zips with a folder per class; the server has spooled them to disk."""
     for file in files:
-        await asyncio.to_thread(service.keep, file.file, file.filename or "", label)
-    return await asyncio.to_thread(service.counts)
+        await asyncio.to_thread(service.images.keep, file.file, file.filename or "", label)
+    return await asyncio.to_thread(service.images.counts)
 
 
 @routes.get("/images")
 async def images(service: Ours) -> dict[str, int]:
     """Tell how many images each class has."""
-    return await asyncio.to_thread(service.counts)
+    return await asyncio.to_thread(service.images.counts)
+
+
+@routes.delete("/images/{label}")
+async def forget(service: Ours, label: str) -> dict[str, int]:
+    """Forget a class and its images; a run under way goes on without those it has not read."""
+    await asyncio.to_thread(service.images.remove, label)
+    return await asyncio.to_thread(service.images.counts)
 
 
 @routes.post("/run", status_code=201)
@@ -101,7 +108,7 @@ async def resume(service: Ours) -> dict[str, int]:
 @routes.post("/run/stop")
 async def stop(service: Ours) -> dict[str, Any]:
     """End the run after its step, normally."""
-    history = await service.current().stop()
+    history = await service.stop()
     return {"step": history.state.step, "reason": history.reason}
 
 
@@ -118,8 +125,8 @@ async def predict(service: Ours, request: Request) -> at.Prediction:
     content = bytearray()
     async for part in request.stream():
         content += part
-        if len(content) > LARGEST:
-            raise ValueError(f"an image may have {LARGEST} bytes, and this one has more")
+        if len(content) > service.images.largest:
+            raise ValueError(f"an image may have {service.images.largest} bytes, and this one has more")
     return await service.current().snapshot().predict(bytes(content))
 
 
@@ -141,6 +148,11 @@ async def wrong(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=422)
 
 
+async def gone(request: Request, error: Exception) -> Response:
+    """Answer nobody: the client has gone amid its request."""
+    return Response(status_code=499)
+
+
 def create_app(home: Path | None = None) -> FastAPI:
     """Return the application; what it has learned and is learning lives in ``home``."""
     threads, kernels = int(os.environ.get("STUDIO_THREADS", 0)) or None, os.environ.get("STUDIO_KERNELS", "numpy")
@@ -152,7 +164,12 @@ def create_app(home: Path | None = None) -> FastAPI:
             gc.freeze()  # what was imported stays: collections need not look at it again while requests wait
             yield  # a run that was interrupted goes on, and at a shutdown it leaves a checkpoint
 
-    handlers: dict[int | type[Exception], Any] = {NotNow: not_now, ValueError: wrong, at.errors.DataError: wrong}
+    handlers: dict[int | type[Exception], Any] = {
+        NotNow: not_now,
+        ValueError: wrong,
+        at.errors.DataError: wrong,
+        ClientDisconnect: gone,
+    }
     app = FastAPI(title="A studio for image classifiers", lifespan=lifespan, exception_handlers=handlers)
     app.include_router(routes)
     return app

@@ -7,18 +7,14 @@ import contextlib
 import csv
 import json
 import logging
-import shutil
-import zipfile
 from collections.abc import AsyncIterator
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
 
 from pydantic import BaseModel, Field
 
 import asynctrain as at
 
 log = logging.getLogger(__name__)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class NotNow(Exception):  # noqa: N818 - an answer, and no failure of the service
@@ -35,32 +31,36 @@ class Order(BaseModel):
 
 
 class Service:
-    """Images in ``home/images``, a folder per class, and runs in ``home/runs``; ``async with`` keeps it alive.
+    """Images and, in ``home/runs``, runs; ``async with`` keeps it alive.
 
     The file ``home/current.json`` names the run that is to go on when the service is started again. Training computes
     on ``threads`` threads, None being one for each CPU, with ``kernels``, numpy's or numba's.
     """
 
     def __init__(self, home: Path, threads: int | None = None, kernels: str = "numpy") -> None:
-        self.images = home / "images"
+        self._home = home
         self.runs = home / "runs"
         self._current = home / "current.json"
         self._threads, self._kernels = threads, kernels
         self._tasks = asyncio.TaskGroup()
         self._training: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
         self._news = asyncio.Condition()
         self.run: at.Run | None = None
         self.name = ""  # of the run's folder
         self.error = ""
 
     async def __aenter__(self) -> Service:
-        self.images.mkdir(parents=True, exist_ok=True)
+        self.images = await asyncio.to_thread(at.data.Uploads, self._home / "images")
         self.runs.mkdir(exist_ok=True)
         self._executor = await at.ThreadExecutor(self._threads).__aenter__()
         await self._tasks.__aenter__()
         if self._current.exists():
-            about = json.loads(self._current.read_text())
-            self._begin(about["name"], Order(**about["order"]))
+            try:
+                about = json.loads(self._current.read_text())
+                self._begin(about["name"], Order(**about["order"]))
+            except (ValueError, KeyError):
+                log.exception("%s names no run to go on with", self._current)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -69,67 +69,39 @@ class Service:
         await self._tasks.__aexit__(None, None, None)
         await self._executor.aclose()
 
-    # Images
-
-    def keep(self, file: IO[bytes], name: str, label: str) -> int:
-        """Store an image, or those of a zip with a folder per class; return how many. Blocks."""
-        if PurePosixPath(name).suffix.lower() == ".zip":
-            return self._keep_zip(file)
-        self._store(file, label, name)
-        return 1
-
-    def _keep_zip(self, file: IO[bytes]) -> int:
-        with zipfile.ZipFile(file) as archive:
-            paths = [(info, PurePosixPath(info.filename)) for info in archive.infolist()]
-            images = [(info, path) for info, path in paths if path.suffix.lower() in SUFFIXES and len(path.parts) > 1]
-            for info, path in images:
-                with archive.open(info) as image:
-                    self._store(image, path.parts[-2], path.name)
-        return len(images)
-
-    def _store(self, file: IO[bytes], label: str, name: str) -> None:
-        """Copy a file to where it belongs; it is there whole or not at all. Names may not lead out of the folder."""
-        label, name = PurePosixPath(label).name, PurePosixPath(name).name
-        if not label or label.startswith(".") or PurePosixPath(name).suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"an image needs a label and one of the suffixes {', '.join(sorted(SUFFIXES))}; got {name!r}"
-            )
-        (self.images / label).mkdir(exist_ok=True)
-        partial = self.images / label / f".{name}.part"
-        with partial.open("wb") as target:
-            shutil.copyfileobj(file, target)
-        partial.replace(self.images / label / name)
-
-    def counts(self) -> dict[str, int]:
-        """Return how many images each class has. Blocks."""
-        folders = sorted(path for path in self.images.iterdir() if path.is_dir())
-        return {folder.name: sum(path.suffix != ".part" for path in folder.iterdir()) for folder in folders}
-
     # The run
 
     async def start(self, order: Order) -> str:
-        """Start to train on the images that are there, and return the run's name."""
-        if self._training is not None and not self._training.done():
-            raise NotNow("a run is under way; stop it first")
-        counts = await asyncio.to_thread(self.counts)
-        if len(counts) < 2 or min(counts.values()) < 2:
-            there = ", ".join(f"{count} of {label}" for label, count in counts.items()) or "none"
-            raise NotNow(f"upload at least two images of at least two classes first; there are {there}")
-        name = f"{sum(1 for _ in self.runs.iterdir()):04}"
-        await asyncio.to_thread(self._prepare, name, order)
-        self._begin(name, order)
+        """Start to train on the images that are there, and return the run's name once it has begun."""
+        async with self._starting:
+            if self._training is not None and not self._training.done():
+                raise NotNow("a run is under way; stop it first")
+            counts = await asyncio.to_thread(self.images.counts)
+            if sum(count >= 2 for count in counts.values()) < 2:
+                there = ", ".join(f"{count} of {label}" for label, count in counts.items()) or "none"
+                raise NotNow(f"upload at least two images of at least two classes first; there are {there}")
+            name = await asyncio.to_thread(self._prepare, order)
+            self._begin(name, order)
+            async with self._news:
+                await self._news.wait_for(lambda: self.run is not None or self.error)
+        self.current()
         return name
 
-    def _prepare(self, name: str, order: Order) -> None:
+    def _prepare(self, order: Order) -> str:
         """List the images of now: what is uploaded later is for the next run, and a resumed one sees the same."""
-        folder = self.runs / name
-        folder.mkdir()
-        with (folder / "images.csv").open("w", newline="") as file:
+        numbers = [int(folder.name) for folder in self.runs.iterdir() if folder.name.isdecimal()]
+        name = f"{max(numbers, default=-1) + 1:04}"
+        (self.runs / name).mkdir()
+        with (self.runs / name / "images.csv").open("w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["path", "label"])
-            for path in sorted(self.images.glob("*/[!.]*")):
-                rows.writerow([path.resolve(), path.parent.name])
-        self._current.write_text(json.dumps({"name": name, "order": order.model_dump()}))
+            for label in (label for label, count in self.images.counts().items() if count >= 2):
+                paths = sorted((self.images.folder / label).glob("[!.]*"))
+                rows.writerows([path.resolve(), label] for path in paths)
+        partial = self._current.with_suffix(".part")
+        partial.write_text(json.dumps({"name": name, "order": order.model_dump()}))
+        partial.replace(self._current)
+        return name
 
     def _begin(self, name: str, order: Order) -> None:
         self.name, self.run, self.error = name, None, ""
@@ -138,10 +110,15 @@ class Service:
     async def _train(self, folder: Path, order: Order) -> None:
         try:
             await self._run(folder, order)
-        except (at.errors.AsyncTrainError, OSError, ValueError) as error:
+            self._current.unlink(missing_ok=True)  # not after a shutdown or a failure: then it is tried again
+        except Exception as error:  # whatever it is, the service goes on, and says so
             log.exception("the run %s failed", folder.name)
-            self.error = str(error)
-        self._current.unlink(missing_ok=True)  # not reached by a shutdown, which cancels this task
+            self.error = str(error) or repr(error)
+            await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._news:
+            self._news.notify_all()
 
     async def _run(self, folder: Path, order: Order) -> None:
         data = await asyncio.to_thread(at.data.ImageManifest, folder / "images.csv")
@@ -149,17 +126,22 @@ class Service:
         size = (order.image_size, order.image_size)
         model = at.models.small_cnn(num_classes=len(data.classes), image_shape=(*size, 3))
         loader = at.Loader(
-            train, batch_size=order.batch_size, image_size=size, augment=at.augment.standard(), errors="skip", seed=0
+            train,
+            batch_size=order.batch_size,
+            image_size=size,
+            augment=at.augment.standard(),
+            errors="skip",
+            max_skipped=0.5,  # of a few uploads one that is broken is many
+            seed=0,
         )
         rate = at.optim.cosine(order.learning_rate, steps=order.epochs * loader.batches_per_epoch)
         optimizer = at.optim.adamw(rate)
         trainer = at.Trainer(model, optimizer=optimizer, executor=self._executor, kernels=self._kernels)
-        run_dir = folder / "run"
-        begun = run_dir if run_dir.exists() else None
-        async with trainer.start(loader, epochs=order.epochs, validate=held_out, run_dir=run_dir, resume=begun) as run:
+        async with trainer.start(
+            loader, epochs=order.epochs, validate=held_out, run_dir=folder / "run", resume=True
+        ) as run:
             self.run = run
-            async with self._news:
-                self._news.notify_all()
+            await self._tell()
             await asyncio.wait([run.task])  # however it ends: stopped and cancelled runs are no failures
             run.raise_error()
 
@@ -168,6 +150,13 @@ class Service:
         if self.run is None:
             raise NotNow(self.error or "no run was started yet")
         return self.run
+
+    async def stop(self) -> at.History:
+        """End the run of now after its step, and return what it has come to."""
+        try:
+            return await self.current().stop()
+        except Exception as error:  # the run's
+            raise NotNow(f"the run has failed: {error}") from error
 
     async def follow(self, name: str, number: int) -> AsyncIterator[tuple[str, at.events.Event]]:
         """Yield the events of this run and later ones, with the run's name; of the run ``name`` from ``number`` on."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,38 @@ def test_one_run_is_started_steered_saved_by_a_shutdown_and_taken_up_again(
         service = start(image_folder, port, client)
         assert run()["step"] >= paused["step"]
         assert run("stop")["step"] >= paused["step"]
+    finally:
+        service.kill()
+        service.wait(30)
+
+
+def test_a_run_that_cannot_begin_or_fails_is_told_and_the_service_goes_on(
+    image_folder: Path, tmp_path: Path, port: int, client: httpx.Client
+) -> None:
+    folder = tmp_path / "weeds"
+    service = start(folder, port, client)
+    try:
+        refused = client.post("/run")
+        assert (refused.status_code, refused.text) == (422, f"{folder}: no such folder")
+        for label in "ab":  # what is no image ends the run, once too many were skipped
+            (folder / label).mkdir(parents=True)
+            for number in range(5):
+                (folder / label / f"{number}.png").write_bytes(b"no image")
+        assert client.post("/run").status_code == 201
+        while client.post("/run").status_code != 201:  # it has failed, and may be tried again
+            time.sleep(0.05)
+        shutil.rmtree(folder)
+        shutil.rmtree(folder.with_suffix(".run"))
+        shutil.copytree(image_folder, folder)
+        while (answer := client.post("/run")).status_code == 409:
+            time.sleep(0.05)
+        assert answer.status_code == 201
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(lambda _: client.post("/run").status_code, range(3))) == [409] * 3
+        assert client.post("/run/cancel").is_success
+        assert client.post("/run/stop").is_success
+        service.send_signal(signal.SIGTERM)
+        assert service.wait(30) == 0
     finally:
         service.kill()
         service.wait(30)

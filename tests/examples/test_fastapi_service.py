@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,53 @@ def test_what_does_not_fit_the_moment_or_the_form_is_told(server: Server) -> Non
     assert (refused.status_code, "at least two images of at least two classes" in refused.text) == (409, True)
     assert server.client.post("/run", json={"epochs": 0}).status_code == 422
     refused = server.client.post("/images?label=../../etc", files={"files": ("passwd", b"root")})
-    assert (refused.status_code, "needs a label and one of the suffixes" in refused.text) == (422, True)
+    assert (refused.status_code, "name must end in one of" in refused.text) == (422, True)
     assert not list(server.home.rglob("passwd"))
+    refused = server.client.post("/images", files={"files": ("colors.zip", b"no zip")})
+    assert (refused.status_code, "colors.zip: this is no zip" in refused.text) == (422, True)
+    server.post("/images?label=typo", files={"files": ("0.png", b"no image")})
+    assert server.client.delete("/images/typo").json() == {}
+    assert server.client.delete("/images/typo").status_code == 422
+
+
+def test_of_two_starts_at_once_one_is_refused_and_a_failure_is_the_answer(server: Server, archive: bytes) -> None:
+    for label in "ab":  # of images that are none there is no run
+        server.post(f"/images?label={label}", files=[("files", (f"{n}.png", b"no image")) for n in range(5)])
+    failing = server.post("/run", json={"epochs": 1})["run"]
+    told = server.until("RunEnd")[-1][1]
+    assert (told["run"], told["reason"]) == (failing, "failed")
+    assert server.client.post("/run/stop").status_code == 409
+    for label in "ab":
+        server.client.delete(f"/images/{label}")
+
+    upload(server, archive)
+    with ThreadPoolExecutor(4) as threads:
+        order = {"epochs": 10_000, "image_size": 16}
+        answers = list(threads.map(lambda _: server.client.post("/run", json=order), range(4)))
+    assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409]
+    assert sorted(path.name for path in (server.home / "runs").iterdir()) == ["0000", "0001"]
+    server.post("/run/cancel")
+    assert server.post("/run/stop")["reason"] == "cancelled"
+    assert server.end(signal.SIGTERM) in (0, -signal.SIGTERM)
+
+
+def test_a_run_that_cannot_go_on_at_a_restart_goes_on_at_a_later_one(server: Server, archive: bytes) -> None:
+    upload(server, archive)
+    server.post("/run", json={"epochs": 10_000, "image_size": 16})
+    step = server.until("StepEnd", step=7)[-1][1]["step"]
+    server.end(signal.SIGTERM)
+    images = server.home / "images"
+    images.rename(server.home / "elsewhere")
+    server.start()
+    while "no run was started yet" in (answer := server.client.get("/run")).text:
+        time.sleep(0.05)
+    server.end(signal.SIGTERM)
+    images.rmdir()
+    (server.home / "elsewhere").rename(images)
+    server.start()
+    while (answer := server.client.get("/run")).status_code != 200:
+        time.sleep(0.05)
+    assert answer.json()["step"] >= step
 
 
 def test_one_trains_follows_pauses_predicts_stops_and_takes_the_model(server: Server, archive: bytes) -> None:
