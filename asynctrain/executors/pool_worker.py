@@ -18,7 +18,7 @@ from asynctrain.errors import FingerprintError
 from asynctrain.executors import remote
 from asynctrain.executors.blas import find_blas, one_blas_thread
 from asynctrain.executors.fingerprint import numeric_fingerprint, require_same
-from asynctrain.executors.worker import GradientWorker, StopFlag
+from asynctrain.executors.worker import GradientWorker, StopFlag, Stopped
 from asynctrain.types import JSON, ForwardResult, ForwardWork, GradientResult, GradientWork, Params, Program, Sums
 
 KEPT = 4  # sessions whose parameters a worker keeps; a pool does not tell it when one has ended
@@ -118,6 +118,8 @@ def compute(
         return _copied(_computed(kept, work, stop))
     except FingerprintError as error:
         return Foreign(error)
+    except Stopped:  # told to stop before it was sent here
+        raise
     except Exception as error:
         return Failed(remote.told(error))
 
