@@ -38,7 +38,7 @@ def test_info_tells_the_version_of_every_dependency_and_of_every_extra_or_that_i
     called = asynctrain("info", "--json")
     told = {None: called.json["packages"], **called.json["extra"]}
     for extra, found in told.items():
-        wanted = {"extra": extra or "", "python_version": "3.11"}  # what has no wheels for a later one is told as missing
+        wanted = {"extra": extra or "", "python_version": "3.11"}  # what a later one lacks is told as missing
         names = {one.name for one in needed if one.marker is None or one.marker.evaluate(wanted)}
         hard = {one.name for one in needed if "extra" not in str(one.marker)}
         assert set(found) == (names - hard if extra else hard)
