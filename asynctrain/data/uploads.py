@@ -35,8 +35,9 @@ class Uploads:
         self.largest = largest
         self.unpacked = unpacked
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*/.*"):
-            leftover.unlink()
+        for leftover in self.folder.glob("*/.*.*"):
+            if leftover.is_file():
+                leftover.unlink()
 
     def keep(self, file: IO[bytes], name: str, label: str = "") -> int:
         """Store an image of the class ``label``, or those of a zip with a folder per class; return how many.
