@@ -153,8 +153,9 @@ class Service:
 
     async def stop(self) -> at.History:
         """End the run of now after its step, and return what it has come to."""
+        run = self.current()
         try:
-            return await self.current().stop()
+            return await run.stop()
         except Exception as error:  # the run's
             raise NotNow(f"the run has failed: {error}") from error
 

@@ -129,7 +129,8 @@ def upload(server: Server, archive: bytes) -> None:
 
 def test_what_does_not_fit_the_moment_or_the_form_is_told(server: Server) -> None:
     for path in ("/run/pause", "/run/stop", "/predict"):
-        assert server.client.post(path).status_code == 409
+        refused = server.client.post(path)
+        assert (refused.status_code, refused.json()["detail"]) == (409, "no run was started yet")
     refused = server.client.post("/run", json={})
     assert (refused.status_code, "at least two images of at least two classes" in refused.text) == (409, True)
     assert server.client.post("/run", json={"epochs": 0}).status_code == 422
