@@ -21,7 +21,8 @@ def write_whole(
     try:
         _write_whole(path, [content] if isinstance(content, bytes) else content, stopped)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # of a full disk it names no file
+        error.filename = str(path)  # of a full disk it names no file
+        del error.filename2  # which is told as None where it is set to that
         raise
 
 

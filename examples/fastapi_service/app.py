@@ -127,13 +127,13 @@ async def predict(service: Ours, request: Request) -> at.Prediction:
         content += part
         if len(content) > service.images.largest:
             raise ValueError(f"an image may have {service.images.largest} bytes, and this one has more")
-    return await service.current().snapshot().predict(bytes(content))
+    return await service.classifier().predict(bytes(content))
 
 
 @routes.get("/model")
 async def model(service: Ours) -> Response:
     """Give away the weights of this moment as one file, which ``asynctrain predict`` and Python can use."""
-    content = await asyncio.to_thread(service.current().snapshot().to_bytes)
+    content = await asyncio.to_thread(service.classifier().to_bytes)
     headers = {"Content-Disposition": f'attachment; filename="{service.name}.safetensors"'}
     return Response(content, media_type="application/octet-stream", headers=headers)
 

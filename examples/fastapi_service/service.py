@@ -49,10 +49,14 @@ class Service:
         self.run: at.Run | None = None
         self.name = ""  # of the run's folder
         self.error = ""
+        self._trained: at.Classifier | None = None  # by the last run of before
 
     async def __aenter__(self) -> Service:
         self.images = await asyncio.to_thread(at.data.Uploads, self._home / "images")
         self.runs.mkdir(exist_ok=True)
+        for model in sorted(self.runs.glob("*/run/model.safetensors"))[-1:]:
+            with contextlib.suppress(at.errors.CheckpointError):  # somebody has damaged it
+                self._trained, self.name = await asyncio.to_thread(at.Classifier.load, model), model.parts[-3]
         self._executor = await at.ThreadExecutor(self._threads).__aenter__()
         await self._tasks.__aenter__()
         if self._current.exists():
@@ -150,6 +154,12 @@ class Service:
         if self.run is None:
             raise NotNow(self.error or "no run was started yet")
         return self.run
+
+    def classifier(self) -> at.Classifier:
+        """Return one with the weights of this moment; before the first run of this process, of the last one's end."""
+        if self.run is None and self._trained is not None:
+            return self._trained
+        return self.current().snapshot()
 
     async def stop(self) -> at.History:
         """End the run of now after its step, and return what it has come to."""

@@ -233,9 +233,12 @@ def test_a_terminated_service_saves_its_run_and_a_cancelled_run_does_not_come_ba
     resumed = server.until("Resumed", last=last)
     assert resumed[-1][1]["step"] == max(event["step"] for _, event in resumed if event["event"] == "StepEnd")
     server.post("/run/cancel")
+    label = server.post("/predict", content=picture("red", 999))["label"]
     server.end(signal.SIGTERM)
     server.start()
     assert server.client.get("/run").status_code == 409
+    assert server.post("/predict", content=picture("red", 999))["label"] == label, "what was learned can still be asked"
+    assert 'filename="0000.safetensors"' in server.client.get("/model").headers["content-disposition"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
