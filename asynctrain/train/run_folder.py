@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,23 @@ class RunFolder:
             raise FileExistsError(f"run_dir must be a folder without a run in it, and {self.path} holds one")
         (self.path / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
         write_whole(self.path / CONFIG, tomli_w.dumps(_without_none(config)).encode())
+
+    def hold(self) -> ExitStack:
+        """Keep other runs out, of other processes too, until what is returned is closed, or this process has ended.
+
+        Raises:
+            CheckpointError: there is one in the folder.
+        """
+        with ExitStack() as stack:
+            config = stack.enter_context((self.path / CONFIG).open("rb"))
+            with suppress(ImportError):  # only POSIX has such locks
+                import fcntl
+
+                try:
+                    fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise CheckpointError(self.path, "another run is under way in this folder") from error
+            return stack.pop_all()
 
     def require(self, config: Mapping[str, Any]) -> None:
         """Raise ``CheckpointError``, naming the first difference, unless the run was begun as ``config`` describes."""

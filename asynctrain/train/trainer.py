@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
@@ -202,7 +202,8 @@ class Trainer:
             ValueError: an argument is out of range, or model and loader do not fit.
             FileExistsError: ``run_dir`` holds a run already, and it is not the one to resume.
             FileNotFoundError: there is nothing at ``resume``.
-            CheckpointError: what is at ``resume`` cannot be used here; the message says what differs.
+            CheckpointError: what is at ``resume`` cannot be used here; the message says what differs. Or another run,
+                maybe of another process, is under way in the folder.
             FingerprintError: this machine would give other bits, and ``bits`` is not ``"close"``.
             TypeError: there is no option of that name.
             RuntimeError: this trainer has a run under way.
@@ -212,12 +213,14 @@ class Trainer:
         self._require_fit(loader)
         _require_known(options)
         job, beginning = await self._begin(loader, options)
+        held = nullcontext() if beginning.folder is None else beginning.folder.hold()  # takes microseconds
         run = self._run = Run(job, beginning.state, beginning.earlier, beginning.differences)
         self._running = True
         try:
-            async with ServingGroup() as group:
-                run.begin(group)
-                yield run
+            with held:
+                async with ServingGroup() as group:
+                    run.begin(group)
+                    yield run
         finally:
             self._running = False
         run.raise_error()

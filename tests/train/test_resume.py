@@ -34,6 +34,16 @@ EPOCHS = 4
 STOPPED_AT = 8  # steps, in the second epoch
 
 
+HOLDING = """
+import sys, time
+from pathlib import Path
+from asynctrain.train.run_folder import RunFolder
+held = RunFolder(Path(sys.argv[1])).hold()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
 def make(model: at.Model, executor: Executor, **arguments: Any) -> at.Trainer:
     optimizer = at.optim.average_weights(at.optim.adamw(1e-2), 0.9)
     return at.Trainer(model, **{"optimizer": optimizer, "executor": executor, "microbatch": 12, "seed": 3, **arguments})
@@ -171,6 +181,29 @@ async def test_a_run_is_begun_where_there_is_none_and_gone_on_with_where_there_i
         assert history.state.attempt == 2
         with pytest.raises(ValueError, match="run_dir must be given where resume is True"):
             await make(model, executor).fit(loader, **asked(blobs, resume=True))
+
+
+async def test_a_folder_has_one_run_at_a_time_and_a_killed_process_holds_none(
+    model: at.Model, loader: at.Loader, blobs: at.ArrayDataset, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    async with at.ThreadExecutor(1) as executor:
+        async with make(model, executor).start(loader, **asked(blobs, run_dir=run_dir, epochs=10**6)) as run:
+            await run.checkpoint()
+            with pytest.raises(CheckpointError, match=r"run: another run is under way in this folder$"):
+                await make(model, executor).resume(run_dir, loader, **asked(blobs))
+            elsewhere = await make(model, executor).resume(run_dir, loader, **asked(blobs, run_dir=tmp_path / "other"))
+            assert elsewhere.state.step >= 1
+        holder = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", HOLDING, run_dir, stdout=asyncio.subprocess.PIPE
+        )
+        assert holder.stdout is not None
+        assert await holder.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match="another run is under way"):
+            await make(model, executor).resume(run_dir, loader, **asked(blobs))
+        holder.kill()
+        await holder.communicate()
+        assert (await make(model, executor).resume(run_dir, loader, **asked(blobs))).reason == "finished"
 
 
 async def test_a_checkpoint_that_was_damaged_is_passed_over_with_a_warning(
