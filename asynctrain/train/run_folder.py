@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import tomli_w
 
@@ -59,6 +60,8 @@ class RunFolder:
         """
         with ExitStack() as stack:
             config = stack.enter_context((self.path / CONFIG).open("rb"))
+            _held.add(config)
+            stack.callback(_held.discard, config)
             with suppress(ImportError):  # only POSIX has such locks
                 import fcntl
 
@@ -143,6 +146,19 @@ def open_run(path: Path) -> FoundRun:
     if found is None and not folder.holds_run():
         raise CheckpointError(path, "this folder holds no run to go on with")
     return FoundRun(folder, *(found or (None, None)))
+
+
+_held: set[BinaryIO] = set()  # of this process
+
+
+def _let_go() -> None:
+    """Hold nothing in a forked child: it may live longer than its parent, whose run is to be gone on with then."""
+    for config in _held:
+        config.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _without_none(value: Any) -> Any:

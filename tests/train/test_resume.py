@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
 import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,11 +37,12 @@ STOPPED_AT = 8  # steps, in the second epoch
 
 
 HOLDING = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from asynctrain.train.run_folder import RunFolder
 held = RunFolder(Path(sys.argv[1])).hold()
-print("held", flush=True)
+if os.fork() == 0:  # as in a pool, whose workers a killed program leaves behind
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
@@ -198,12 +201,14 @@ async def test_a_folder_has_one_run_at_a_time_and_a_killed_process_holds_none(
             sys.executable, "-c", HOLDING, run_dir, stdout=asyncio.subprocess.PIPE
         )
         assert holder.stdout is not None
-        assert await holder.stdout.readline() == b"held\n"
+        child = int(await holder.stdout.readline())
         with pytest.raises(CheckpointError, match="another run is under way"):
             await make(model, executor).resume(run_dir, loader, **asked(blobs))
         holder.kill()
-        await holder.communicate()
+        await holder.wait()
         assert (await make(model, executor).resume(run_dir, loader, **asked(blobs))).reason == "finished"
+        os.kill(child, signal.SIGKILL)
+        await holder.communicate()
 
 
 async def test_a_checkpoint_that_was_damaged_is_passed_over_with_a_warning(
