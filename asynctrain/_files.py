@@ -1,11 +1,14 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and files that one holds at a time."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import BinaryIO
 
 PIECE = 4 * 2**20  # bytes between two questions whether to stop
 
@@ -53,3 +56,37 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_held: set[BinaryIO] = set()  # by this process
+
+
+def hold(path: Path) -> ExitStack:
+    """Have the file, made where there is none, to oneself until what is returned is closed or the process has ended.
+
+    Raises ``BlockingIOError`` where somebody else holds it. Where the system or its files know no locks, anybody may.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("ab"))
+        _held.add(file)
+        stack.callback(_held.discard, file)
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # a file system without locks
+        return stack.pop_all()
+
+
+def _let_go() -> None:
+    """Hold nothing in a forked child, which may live longer than its parent."""
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

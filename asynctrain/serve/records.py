@@ -5,15 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from asynctrain._files import write_whole
+from asynctrain._files import hold, write_whole
 from asynctrain.train.run_folder import RunFolder
 
 RECORD, SPOOL, RUN, LOCK = "record.json", "data", "run", "lock"
@@ -112,11 +110,14 @@ class Records:
         self._path = path
         self._runs = path / "runs"
         self._runs.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(path / LOCK)
+        try:
+            self._lock = hold(path / LOCK)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another server uses this folder", str(path)) from error
 
     def close(self) -> None:
         """Let another server have the folder."""
-        os.close(self._lock)
+        self._lock.close()
 
     def load(self) -> Iterator[Record]:
         """Yield the records of all runs; what a crash has left half-made or half-removed is removed."""
@@ -152,17 +153,3 @@ class Records:
     def run_folder(self, run_id: str) -> RunFolder:
         """Return the run's own folder."""
         return RunFolder(self._runs / run_id / RUN)
-
-
-def _locked(path: Path) -> int:
-    """Return the open file that nobody else can lock until it is closed, by whatever end of this process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise BlockingIOError(error.errno, "another server uses this folder", str(path.parent)) from error
-    return descriptor

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from grpc import StatusCode
 
-from asynctrain._aio import ServingGroup, in_thread, thread_pool
+from asynctrain._aio import ServingGroup, ended, in_thread, thread_pool
 from asynctrain.errors import DataError, DivergenceError, ExecutorError, WeightlessBatchError
 from asynctrain.executors.base import Executor
 from asynctrain.serve import asynctrain_pb2 as pb
@@ -204,16 +204,7 @@ class Runs:
 
         Cancelling it waits for the call, so that nobody finds its work half done.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args))
-        cancelled: asyncio.CancelledError | None = None
-        while not future.done():
-            try:
-                await asyncio.wait([future])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-        return future.result()
+        return await ended(asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args)))
 
     # Which runs there are
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import tomli_w
 
-from asynctrain._files import write_whole
+from asynctrain._files import hold, write_whole
 from asynctrain.errors import CheckpointError
 from asynctrain.train import checkpoint
 from asynctrain.train.checkpoint import Checkpoint
@@ -58,18 +57,10 @@ class RunFolder:
         Raises:
             CheckpointError: there is one in the folder.
         """
-        with ExitStack() as stack:
-            config = stack.enter_context((self.path / CONFIG).open("rb"))
-            _held.add(config)
-            stack.callback(_held.discard, config)
-            with suppress(ImportError):  # only POSIX has such locks
-                import fcntl
-
-                try:
-                    fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise CheckpointError(self.path, "another run is under way in this folder") from error
-            return stack.pop_all()
+        try:
+            return hold(self.path / CONFIG)
+        except BlockingIOError as error:
+            raise CheckpointError(self.path, "another run is under way in this folder") from error
 
     def require(self, config: Mapping[str, Any]) -> None:
         """Raise ``CheckpointError``, naming the first difference, unless the run was begun as ``config`` describes."""
@@ -146,19 +137,6 @@ def open_run(path: Path) -> FoundRun:
     if found is None and not folder.holds_run():
         raise CheckpointError(path, "this folder holds no run to go on with")
     return FoundRun(folder, *(found or (None, None)))
-
-
-_held: set[BinaryIO] = set()  # of this process
-
-
-def _let_go() -> None:
-    """Hold nothing in a forked child: it may live longer than its parent, whose run is to be gone on with then."""
-    for config in _held:
-        config.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
 
 
 def _without_none(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Order(BaseModel):
 
 
 class Service:
-    """Images and, in ``home/runs``, runs; ``async with`` keeps it alive.
+    """Images in ``home/images`` and runs in ``home/runs``; ``async with`` keeps it alive.
 
     The file ``home/current.json`` names the run that is to go on when the service is started again. Training computes
     on ``threads`` threads, None being one for each CPU, with ``kernels``, numpy's or numba's.
