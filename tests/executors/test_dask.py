@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, Security
+from distributed.batched import BatchedSend
 
 import asynctrain as at
 from asynctrain import nn
@@ -277,6 +278,29 @@ async def test_what_is_queued_when_a_session_is_left_is_not_computed(steady: Das
             while any((await client.processing()).values()):  # noqa: ASYNC110 - Dask does not tell
                 await asyncio.sleep(0.02)
         assert computed() == until_left < 100
+
+
+@pytest.mark.parametrize("at_work", [False, True], ids=["idle", "amid work"])
+async def test_a_session_says_nothing_to_the_scheduler_after_its_goodbye(
+    steady: DaskCluster, monkeypatch: pytest.MonkeyPatch, at_work: bool
+) -> None:
+    said: list[str] = []
+    send = BatchedSend.send
+
+    def heard(self: BatchedSend, *messages: dict[str, Any]) -> None:
+        said.extend(message["op"] for message in messages)
+        send(self, *messages)
+
+    monkeypatch.setattr(BatchedSend, "send", heard)
+    async with at.DaskExecutor(steady.address) as executor:
+        async with executor.open(PROGRAM) as session:
+            await session.broadcast(PARAMS, {}, 0)
+            await session.compute(WORK[0], 0)
+            tasks = [asyncio.create_task(session.compute(WORK[1], 0)) for _ in range(20 * at_work)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert "client-releases-keys" in said
+    assert said[-2:] == ["close-client", "close-stream"], "or Dask logs a broken connection, now and then"
 
 
 async def test_no_scheduler_is_an_error_that_says_so() -> None:

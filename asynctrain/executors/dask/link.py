@@ -100,6 +100,11 @@ class Link:
         async with asyncio.timeout(seconds):
             return await answer
 
+    async def settle(self, seconds: float) -> None:
+        """Have what was released said: Dask says it some turns of the loop later, and complains once it has left."""
+        with suppress(*GONE):
+            await self.asked(self.client.nthreads(), seconds)
+
     async def run_at(self, address: str, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, run on the loop of the worker at ``address``."""
         answers = await self.asked(self.client.run(function, *args, workers=[address], on_error="return"), seconds)

@@ -122,8 +122,9 @@ class DaskSession:
             with suppress(ValueError):  # it has not begun
                 client.unsubscribe_topic("all")  # or the scheduler would tell a closed client that it has gone
             await self._errands.cancel(grace)
+            self._parameters.release()
             await self._roster.leave(grace)
-        self._parameters.release()
+            await self._link.settle(grace)
         await client.close(grace)
 
     def __repr__(self) -> str:
