@@ -23,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.processes import children
+
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if "CI" in os.environ else "local")
@@ -167,19 +169,6 @@ def tasks() -> set[asyncio.Task[Any]]:
         for task in asyncio.all_tasks()
         if not getattr(task.get_coro(), "__qualname__", "").startswith("TestRunner.")
     }
-
-
-def children() -> set[int]:
-    """Return the ids of this process's children; empty where the system does not tell."""
-    with contextlib.suppress(OSError):
-        return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in _words(task / "children")}
-    return set()
-
-
-def _words(path: Path) -> list[str]:
-    with contextlib.suppress(FileNotFoundError):  # the thread has ended
-        return path.read_text().split()
-    return []
 
 
 def open_files() -> dict[int, str]:

@@ -61,3 +61,43 @@ class Heartbeat:
             await asyncio.sleep(BEAT)
             late = max(0.0, perf_counter() - start - BEAT)
             self.lag = max(late, self.lag * (1 - MEMORY))
+
+
+class Clock:
+    """The seconds of one attempt since this was made."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter()
+        self._held: float | None = None  # since when
+        self._away = 0.0
+        self._end: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds in all, pauses included."""
+        return (perf_counter() if self._end is None else self._end) - self._start
+
+    @property
+    def active(self) -> float:
+        """Seconds without pauses."""
+        return (self.elapsed if self._held is None else self._held) - self._away
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is a pause now."""
+        return self._held is not None
+
+    def hold(self) -> None:
+        """Begin a pause."""
+        self._held = self.elapsed
+
+    def go_on(self) -> None:
+        """End it."""
+        if self._held is not None:
+            self._away += self.elapsed - self._held
+            self._held = None
+
+    def stop(self) -> None:
+        """Stand still from now on."""
+        if self._end is None:
+            self._end = perf_counter()

@@ -28,10 +28,11 @@ from asynctrain.train.control import Limits, lasting_repr
 from asynctrain.train.controllers import Controller
 from asynctrain.train.events import Callback, Event
 from asynctrain.train.history import History
-from asynctrain.train.run import Job, Run
+from asynctrain.train.run import Run
 from asynctrain.train.run_folder import RunFolder, open_run
 from asynctrain.train.saving import Saving
 from asynctrain.train.state import TrainState
+from asynctrain.train.training import Job
 from asynctrain.train.transfer import transfer
 from asynctrain.types import JSON, BatchStream, Normalization, Program
 

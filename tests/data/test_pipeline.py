@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from asynctrain._aio import Failure, Flow, Meter
 from asynctrain.data.pipeline import Pipeline, arriving, hand_on
 from asynctrain.errors import ClosedError, ExecutorError
+from tests.processes import children
 
 NO_ROOT = "math domain error|expected a nonnegative input"  # before Python 3.14, and since
 
@@ -422,21 +423,17 @@ async def test_a_process_that_kills_itself_is_told_and_nothing_is_left() -> None
 async def test_a_process_killed_from_outside_is_told_within_a_second_and_nothing_is_left() -> None:
     shared = shared_memory()
     pipeline = Pipeline([0, 60, 60]).map(time.sleep, executor="processes", concurrency=2)
-    before = child_processes()
+    before = children()
     async with pipeline.open() as stream:
         await anext(stream)  # they are up
-        victim = next(iter(child_processes() - before))
+        victim = next(iter(children() - before))
         os.kill(victim, signal.SIGKILL)
         start = time.perf_counter()
         with pytest.raises(ExecutorError, match="a worker process died"):
             await anext(stream)
     assert time.perf_counter() - start < 1
-    assert child_processes() == before
+    assert children() == before
     assert shared_memory() == shared
-
-
-def child_processes() -> set[int]:
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 # Leaving

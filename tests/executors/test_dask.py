@@ -29,6 +29,7 @@ from tests.executors.dask_clusters import HOST, ROOT, DaskCluster
 from tests.executors.dask_faults import hold, schedule
 from tests.executors.process_layers import Counting, Gate, wait_for
 from tests.executors.schedules import train, undisturbed
+from tests.processes import children
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -203,15 +204,18 @@ def test_when_the_keeper_is_killed_nothing_stays_either(tmp_path: Path) -> None:
 def descendants(pid: int) -> list[Path]:
     """Return the folders in ``/proc`` of the processes that ``pid`` has started, and those that they have."""
     found = []
-    for task in Path("/proc", str(pid), "task").iterdir():
-        for child in (task / "children").read_text().split():
-            if "multiprocessing" not in command(Path("/proc", child)):  # Python's own, which is there before
-                found += [Path("/proc", child), *descendants(int(child))]
+    for child in children(pid):
+        process = Path("/proc", str(child))
+        if "multiprocessing" not in command(process):  # Python's own, which is there before
+            found += [process, *descendants(child)]
     return found
 
 
 def command(process: Path) -> str:
-    return (process / "cmdline").read_text()
+    try:
+        return (process / "cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return ""
 
 
 def is_alive(process: Path) -> bool:

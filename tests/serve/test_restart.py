@@ -214,7 +214,7 @@ async def test_a_watch_that_falls_behind_gets_what_memory_has_lost_from_the_disk
         def __init__(self, *args: Any) -> None:
             super().__init__(args[0], args[1], 5)
 
-    monkeypatch.setattr("asynctrain.train.run.EventLog", Short)
+    monkeypatch.setattr("asynctrain.train.training.EventLog", Short)
     async with serving() as server, TrainingClient(server.address) as client:
         options = OPTIONS | {"epochs": 1_000_000}
         async with client.train(blobs, model=model, **options) as run:

@@ -197,6 +197,20 @@ async def test_time_in_a_pause_is_no_time_of_the_epoch_or_the_evaluation(
     assert history.evaluations[0].seconds < passed - 1
 
 
+async def test_in_a_pause_the_rate_and_the_time_that_is_left_stay_what_they_were(
+    trainer: at.Trainer, loader: at.Loader
+) -> None:
+    async with trainer.start(loader, epochs=FOREVER) as run:
+        await reach(run, 2)
+        await run.pause()
+        before = run.progress
+        await asyncio.sleep(0.01)
+        after = run.progress
+        assert before.eta
+        assert (after.samples_per_second, after.eta) == (before.samples_per_second, before.eta)
+        await run.cancel()
+
+
 async def test_a_paused_run_can_be_stopped_cancelled_and_saved(
     trainer: at.Trainer, loader: at.Loader, tmp_path: Path
 ) -> None:
