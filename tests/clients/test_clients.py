@@ -21,7 +21,7 @@ from asynctrain.serve import asynctrain_pb2 as pb
 from asynctrain.serve import asynctrain_pb2_grpc as rpc
 from asynctrain.serve.messages import EOF
 from tests.clients.conftest import Client, Lesson, answers
-from tests.serve.conftest import blobs, grpc_has_ended, model  # noqa: F401 - fixtures
+from tests.serve.conftest import blobs, model  # noqa: F401 - fixtures
 from tests.serve.remote import batches_of, start_of
 from tests.serve.test_command import TOKEN, serving
 from tests.serve.test_security import certificates  # noqa: F401 - a fixture

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import pytest
 
 import asynctrain as at
 from asynctrain.serve import TrainingClient, TrainingServer, serve
-from tests.conftest import children, leftovers, open_files
 
 Serving = Callable[..., AbstractAsyncContextManager[TrainingServer]]
 
@@ -37,17 +33,6 @@ def model() -> at.Model:
     nn = at.nn
     layers = [nn.Conv2D(4, 3), nn.BatchNorm(), nn.ReLU(), nn.MaxPool2D(2), nn.Flatten(), nn.Dropout(0.2), nn.Dense(3)]
     return at.Model(layers, input_shape=(8, 8, 1))
-
-
-@pytest.fixture(autouse=True)
-def grpc_has_ended() -> Iterator[None]:
-    """Give gRPC a moment: it closes what it has opened in threads of its own, after its last object has gone."""
-    before = threading.enumerate(), children(), open_files()
-    yield
-    deadline = time.monotonic() + 5
-    while leftovers(*before) and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from tests.rpc import fuzzing
 from tests.rpc.conftest import ROOT, worker_process
 from tests.rpc.faults import KINDS, Workers, hold, schedule
 from tests.rpc.test_fuzz import Talk, fuzz
-from tests.serve.conftest import grpc_has_ended  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 

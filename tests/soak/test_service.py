@@ -22,7 +22,7 @@ from asynctrain.serve import TrainingClient
 from asynctrain.serve import client as client_module
 from tests.ports import kept_port
 from tests.serve import fuzzing
-from tests.serve.conftest import blobs, grpc_has_ended, model  # noqa: F401 - fixtures
+from tests.serve.conftest import blobs, model  # noqa: F401 - fixtures
 from tests.serve.remote import OPTIONS, RATE
 from tests.serve.test_fuzz import COMMON
 from tests.serve.test_restart import LONG, events_of, require_same_through, require_whole, served, trained_long
