@@ -31,7 +31,7 @@ from tests.executors.process_layers import Counting, Gate, wait_for
 from tests.executors.schedules import train, undisturbed
 from tests.processes import children
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.one_loop]
 
 LARGE = nn.Model([nn.Flatten(), nn.Dense(400), nn.ReLU(), nn.Dense(10)], (28, 28, 1))  # 1.3 MB of parameters
 PROGRAM = Program(LARGE.to_json(), seed=1)

@@ -33,6 +33,8 @@ from asynctrain.types import ForwardWork, GradientWork, Notice, Params, Program,
 from tests.executors import process_faults
 from tests.executors.process_layers import PATIENCE, Counting, End, Failing, Gate, Loud
 
+pytestmark = pytest.mark.one_loop
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 4, 4, 1), dtype=np.uint8)
 LABELS = RNG.integers(0, 3, 6)

@@ -24,6 +24,8 @@ from tests.executors.process_layers import End
 from tests.rpc.conftest import Start, WorkerProcess
 from tests.serve.proxy import Proxy
 
+pytestmark = pytest.mark.one_loop
+
 HEARTBEAT = 0.6  # seconds
 STEPS, BATCH, MICROBATCH, CLASSES = 12, 12, 3, 4
 MODEL = nn.Model(

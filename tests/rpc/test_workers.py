@@ -30,6 +30,8 @@ from asynctrain.types import ForwardWork, GradientWork, Notice, Program, WorkerJ
 from tests.rpc import fuzzing
 from tests.serve.test_security import of
 
+pytestmark = pytest.mark.one_loop
+
 MODEL = nn.models.lenet(num_classes=10, image_shape=(12, 12, 1))
 PROGRAM = Program(MODEL.to_json(), seed=1)
 PARAMS = MODEL.init(0)

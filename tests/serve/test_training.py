@@ -16,6 +16,8 @@ from asynctrain.train.events import CheckpointSaved, RunEnd
 from tests.serve.conftest import Serving
 from tests.serve.remote import OPTIONS, RATE, batches_of, calling, read_until, start_of, tensor_of, trained_here
 
+pytestmark = pytest.mark.one_loop
+
 
 @pytest.fixture
 async def here(blobs: at.ArrayDataset, model: at.Model) -> at.History:
