@@ -14,3 +14,11 @@ def children(pid: int | str = "self") -> set[int]:
             with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
                 found.update(map(int, (thread / "children").read_text().split()))
     return found
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether the process is there and not dead: one that nobody has waited for yet is dead."""
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -29,7 +29,7 @@ from tests.executors.dask_clusters import HOST, ROOT, DaskCluster
 from tests.executors.dask_faults import hold, schedule
 from tests.executors.process_layers import Counting, Gate, wait_for
 from tests.executors.schedules import train, undisturbed
-from tests.processes import children
+from tests.processes import children, is_alive
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.one_loop]
 
@@ -98,7 +98,7 @@ async def test_without_an_address_it_starts_workers_of_its_own_and_nothing_of_th
     assert all(address.startswith(f"tcp://{HOST}:") for address in joined), "nobody else may reach them"
     assert surroundings() == before
     assert len(processes) == 4, "a keeper, a scheduler, two workers"
-    assert not any(map(is_alive, processes))
+    assert not any(is_alive(int(process.name)) for process in processes)
 
 
 async def test_workers_of_its_own_may_take_longer_to_start_than_work_waits_for_one() -> None:
@@ -136,7 +136,7 @@ async def test_cancelled_while_its_workers_start_it_leaves_none() -> None:
     opening.cancel()
     await asyncio.wait([opening])
     assert opening.cancelled()
-    assert not any(map(is_alive, processes))
+    assert not any(is_alive(int(process.name)) for process in processes)
     await executor.aclose()
 
 
@@ -183,7 +183,7 @@ def test_when_the_program_is_killed_its_workers_and_their_files_go_too(tmp_path:
         assert list(tmp_path.iterdir())
         program.send_signal(number)
     end = time.monotonic() + GONE
-    while any(map(is_alive, processes)) or list(tmp_path.iterdir()):
+    while any(is_alive(int(process.name)) for process in processes) or list(tmp_path.iterdir()):
         assert time.monotonic() < end, f"still there: {processes} or {list(tmp_path.iterdir())}"
         time.sleep(0.02)
 
@@ -195,7 +195,7 @@ def test_when_the_keeper_is_killed_nothing_stays_either(tmp_path: Path) -> None:
         (keeper,) = (process for process in processes if "keeper.py" in command(process))
         os.kill(int(keeper.name), signal.SIGKILL)
         end = time.monotonic() + GONE
-        while any(map(is_alive, processes)):
+        while any(is_alive(int(process.name)) for process in processes):
             assert time.monotonic() < end, f"still there: {processes}"
             time.sleep(0.02)
         program.kill()
@@ -216,13 +216,6 @@ def command(process: Path) -> str:
         return (process / "cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return ""
-
-
-def is_alive(process: Path) -> bool:
-    try:
-        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # Clusters of others
