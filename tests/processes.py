@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +18,11 @@ def children(pid: int | str = "self") -> set[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether the process is there and not dead: one that nobody has waited for yet is dead."""
+    """Return whether the process is there and, where the system tells, not dead and merely unburied."""
     try:
+        os.kill(pid, 0)
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:
         return False
+    except FileNotFoundError:  # it has ended between the two questions, or this system has no such files
+        return not Path("/proc/self").exists()

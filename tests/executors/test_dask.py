@@ -79,7 +79,7 @@ def surroundings() -> list[Any]:
     return [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)), *handlers]
 
 
-def workers_besides(others: list[Path]) -> list[Path]:
+def workers_besides(others: list[int]) -> list[int]:
     new = (process for process in descendants(os.getpid()) if process not in others)
     return [process for process in new if "distributed.Worker" in command(process)]
 
@@ -98,7 +98,7 @@ async def test_without_an_address_it_starts_workers_of_its_own_and_nothing_of_th
     assert all(address.startswith(f"tcp://{HOST}:") for address in joined), "nobody else may reach them"
     assert surroundings() == before
     assert len(processes) == 4, "a keeper, a scheduler, two workers"
-    assert not any(is_alive(int(process.name)) for process in processes)
+    assert not any(map(is_alive, processes))
 
 
 async def test_workers_of_its_own_may_take_longer_to_start_than_work_waits_for_one() -> None:
@@ -113,7 +113,7 @@ async def test_a_worker_of_its_own_that_dies_is_replaced() -> None:
         await session.broadcast(PARAMS, {}, 0)
         await session.compute(WORK[0], 0)
         (worker,) = workers_besides(others)
-        os.kill(int(worker.name), signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
         await session.compute(WORK[1], 0)
     assert [type(notice) for notice in notices] == [WorkerJoined, WorkerLost, WorkerJoined]
 
@@ -136,7 +136,7 @@ async def test_cancelled_while_its_workers_start_it_leaves_none() -> None:
     opening.cancel()
     await asyncio.wait([opening])
     assert opening.cancelled()
-    assert not any(is_alive(int(process.name)) for process in processes)
+    assert not any(map(is_alive, processes))
     await executor.aclose()
 
 
@@ -148,7 +148,7 @@ async def main():
     async with at.DaskExecutor(workers=2) as executor, executor.open(PROGRAM) as session:
         await session.broadcast(PARAMS, {}, 0)
         await asyncio.gather(*(session.compute(work, 0) for work in WORK))
-        print(*(process.name for process in descendants(os.getpid())), flush=True)
+        print(*descendants(os.getpid()), flush=True)
         await asyncio.sleep(SECONDS)
 
 asyncio.run(main())
@@ -178,12 +178,12 @@ def test_a_program_that_ends_says_nothing_of_it_and_leaves_no_file(tmp_path: Pat
 def test_when_the_program_is_killed_its_workers_and_their_files_go_too(tmp_path: Path, number: signal.Signals) -> None:
     with hold_workers(60, tmp_path) as program:
         assert program.stdout is not None
-        processes = [Path("/proc", pid) for pid in program.stdout.readline().split()]
+        processes = [int(pid) for pid in program.stdout.readline().split()]
         assert len(processes) == 4
         assert list(tmp_path.iterdir())
         program.send_signal(number)
     end = time.monotonic() + GONE
-    while any(is_alive(int(process.name)) for process in processes) or list(tmp_path.iterdir()):
+    while any(map(is_alive, processes)) or list(tmp_path.iterdir()):
         assert time.monotonic() < end, f"still there: {processes} or {list(tmp_path.iterdir())}"
         time.sleep(0.02)
 
@@ -191,29 +191,28 @@ def test_when_the_program_is_killed_its_workers_and_their_files_go_too(tmp_path:
 def test_when_the_keeper_is_killed_nothing_stays_either(tmp_path: Path) -> None:
     with hold_workers(60, tmp_path) as program:
         assert program.stdout is not None
-        processes = [Path("/proc", pid) for pid in program.stdout.readline().split()]
+        processes = [int(pid) for pid in program.stdout.readline().split()]
         (keeper,) = (process for process in processes if "keeper.py" in command(process))
-        os.kill(int(keeper.name), signal.SIGKILL)
+        os.kill(keeper, signal.SIGKILL)
         end = time.monotonic() + GONE
-        while any(is_alive(int(process.name)) for process in processes):
+        while any(map(is_alive, processes)):
             assert time.monotonic() < end, f"still there: {processes}"
             time.sleep(0.02)
         program.kill()
 
 
-def descendants(pid: int) -> list[Path]:
-    """Return the folders in ``/proc`` of the processes that ``pid`` has started, and those that they have."""
+def descendants(pid: int) -> list[int]:
+    """Return the ids of the processes that ``pid`` has started, and of those that they have."""
     found = []
     for child in children(pid):
-        process = Path("/proc", str(child))
-        if "multiprocessing" not in command(process):  # Python's own, which is there before
-            found += [process, *descendants(child)]
+        if "multiprocessing" not in command(child):  # Python's own, which is there before
+            found += [child, *descendants(child)]
     return found
 
 
-def command(process: Path) -> str:
+def command(pid: int) -> str:
     try:
-        return (process / "cmdline").read_text()
+        return Path("/proc", str(pid), "cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return ""
 
